@@ -1,0 +1,23 @@
+"""The file that diffusers' ``save_lora_weights`` writes and ``load_lora_weights`` reads.
+
+Facts: huggingface/diffusers ``loaders/lora_base.py``, ``loaders/peft.py``. The header key ``lora_adapter_metadata``
+is read since 0.34; before that, and in most other consumers, the scale is 1 whatever the file says.
+"""
+
+from loraconv.rules import Dialect
+
+DIFFUSERS = Dialect(
+    name="diffusers",
+    title="diffusers LoRA file",
+    container="safetensors-file",
+    file="pytorch_lora_weights.safetensors",
+    down="{module}.lora_A.weight",
+    up="{module}.lora_B.weight",
+    prefixes=("transformer.", ""),
+    default_alpha="rank",
+    default_why="diffusers applies scale 1 (alpha = rank) to a file without lora_adapter_metadata",
+    every_consumer_reads_alpha=False,
+    carries=("any module", "a rank for each module", "alpha in the header (read by diffusers 0.34 and later)"),
+    cannot_carry=("alpha for consumers that ignore the header: loraconv folds the scale into lora_B",),
+    facts="huggingface/diffusers src/diffusers/loaders/lora_base.py, peft.py",
+)

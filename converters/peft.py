@@ -1,0 +1,22 @@
+"""The folder that peft's ``save_pretrained`` writes: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Facts: huggingface/peft ``tuners/lora``, ``utils/save_and_load.py``. Every consumer reads alpha from the
+configuration, so the factors are kept as they are.
+"""
+
+from loraconv.rules import Dialect
+
+PEFT = Dialect(
+    name="peft",
+    title="peft adapter folder",
+    container="peft-folder",
+    file="adapter_model.safetensors",
+    down="{module}.lora_A.weight",
+    up="{module}.lora_B.weight",
+    prefixes=("base_model.model.",),
+    sidecar="adapter_config.json",
+    rank_at="r",
+    alpha_at="lora_alpha",
+    carries=("any module", "a rank and an alpha for each module", "rsLoRA"),
+    facts="huggingface/peft src/peft/tuners/lora, src/peft/utils/save_and_load.py",
+)

@@ -1,0 +1,40 @@
+"""Convert LoRA checkpoints, prove that the conversion is right, and fuse adapters with the right scale.
+
+The public API is one function a command: :func:`inspect`, :func:`sat2diffusers`, :func:`convert`, :func:`formats`,
+:func:`demo`. Importing this package loads neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from loraconv.catalog import formats
+    from loraconv.convert import ConvertResult, convert, sat2diffusers
+    from loraconv.demo import demo
+    from loraconv.describe import Summary, inspect
+    from loraconv.errors import LoraconvError
+
+_HOMES = {
+    "ConvertResult": "loraconv.convert",
+    "LoraconvError": "loraconv.errors",
+    "Summary":       "loraconv.describe",
+    "convert":       "loraconv.convert",
+    "demo":          "loraconv.demo",
+    "formats":       "loraconv.catalog",
+    "inspect":       "loraconv.describe",
+    "sat2diffusers": "loraconv.convert",
+}  # fmt: skip
+
+__all__ = ["ConvertResult", "LoraconvError", "Summary", "__version__", "convert", "demo", "formats", "inspect", "sat2diffusers"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loraconv' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

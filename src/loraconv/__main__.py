@@ -1,0 +1,5 @@
+"""``python -m loraconv``."""
+
+from loraconv.cli import main
+
+main()

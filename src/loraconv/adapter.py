@@ -1,0 +1,218 @@
+"""The canonical adapter: diffusers module name -> down, up and scale. Tensors are lazy; every input key is accounted for.
+
+``delta = scale * up @ down`` with ``down`` of shape (rank, in) and ``up`` of shape (out, rank).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from loraconv.detect import Detected, factor_key
+from loraconv.errors import CorruptCheckpoint, FormatError
+from loraconv.lazy import Averaged, Joined, Lazy, TensorRef
+from loraconv.names import FLOAT_DTYPES, fold_names, printable
+from loraconv.rules import Fused, Rename, fill
+from loraconv.scale import Origin, Scale, find_scales, origins
+from loraconv.source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """The adapter of one module. ``origin`` is what an earlier conversion recorded about its scale, if any."""
+
+    module: str
+    down: Lazy
+    up: Lazy
+    scale: Scale
+    origin: Origin | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def leaves(self) -> Iterator[TensorRef]:
+        """Every byte range that the two factors are made of."""
+        yield from self.down.leaves()
+        yield from self.up.leaves()
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """All factors of a checkpoint in natural order of their modules, and what had to be said while reading them."""
+
+    factors: tuple[Factor, ...]
+    notices: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> list[int]:
+        """The layer numbers that the adapter covers."""
+        return sorted({n for f in self.factors if (n := layer_of(f.module)) is not None})
+
+    @property
+    def dtypes(self) -> list[str]:
+        """The dtypes of the factors."""
+        return sorted({t.dtype for f in self.factors for t in (f.down, f.up)})
+
+
+def layer_of(module: str) -> int | None:
+    """The first number in a module name; None where there is none."""
+    return next((int(step) for step in module.split(".") if step.isdigit()), None)
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """A sort key that orders ``blocks.2`` before ``blocks.10``."""
+    return [(0, int(step)) if step.isdigit() else (1, step) for step in name.split(".")]
+
+
+def read_adapter(
+    source: Source, detected: Detected, *, alpha: Fraction | None = None, strict: bool = False, nearest: bool = False
+) -> Adapter:
+    """The adapter in ``source``. Raises :class:`FormatError` and :class:`CorruptCheckpoint`.
+
+    ``alpha`` overrides every other source of alpha; ``strict`` refuses a mere convention; ``nearest`` accepts a
+    model-parallel adapter, of which only the nearest single adapter exists.
+    """
+    _refuse_what_is_none(source, detected)
+    if len(source.ranks) > 1 and not nearest:
+        raise _no_single_adapter(source)
+    ranks = [_pairs(source, detected, tensors) for tensors in source.ranks]
+    pairs = ranks[0] if len(ranks) == 1 else _nearest(source, detected, ranks)
+    sizes = {module: down.shape[0] for module, (down, _) in pairs.items()}
+    scales, notices = find_scales(source, detected, sizes, alpha, strict)
+    known = origins(source)
+    factors = [
+        Factor(module, down, up, scales[module], known.get(module, known.get("")))
+        for module, (down, up) in sorted(pairs.items(), key=lambda item: natural(item[0]))
+    ]
+    return Adapter(tuple(factors), tuple(notices))
+
+
+def _refuse_what_is_none(source: Source, detected: Detected) -> None:
+    where = printable(str(source.path))
+    if source.incomplete:
+        raise FormatError(
+            f"{where} holds only a part of each tensor",
+            where=", ".join(fold_names(source.incomplete)[:3]),
+            why="ZeRO-3 with more than one data-parallel rank saves rank 0's part and loses the others",
+            hint="save again with ZeRO stage 2, or with stage3_gather_16bit_weights_on_model_save in the DeepSpeed YAML",
+            slug="zero3-partial",
+        )
+    if not detected.has_factors:
+        trained = f"the trainer lists {len(source.trained)} trained tensors; " if source.trained else ""
+        kind = "a full fine-tune" if source.trained else "base weights"
+        raise FormatError(
+            f"{where} holds no LoRA: it is {kind} of {detected.family.title}",
+            why=f"{trained}{len(detected.ledger.base)} base tensors, no {detected.dialect.down.split('.', 1)[1]} among them",
+            hint=f"loraconv sat2diffusers {where} --what base -o transformer/",
+            slug="no-lora",
+        )
+    strange = [n for n in detected.ledger.unknown if factor_key(detected.dialect, n.removeprefix(detected.prefix))]
+    if strange:
+        raise FormatError(
+            f"{len(strange)} LoRA tensors belong to modules that {detected.family.title} does not have",
+            where="; ".join(fold_names(strange)[:4]),
+            hint="loraconv formats",
+            slug="module-unknown",
+        )
+
+
+def _no_single_adapter(source: Source) -> FormatError:
+    return FormatError(
+        f"this LoRA was trained on {len(source.ranks)} model-parallel ranks, and no single adapter equals it",
+        where=printable(str(source.path)),
+        why="SAT never sums the adapter of the output projection over the ranks, so each rank computed another function",
+        hint="add --nearest for the nearest single adapter (the report says how far off it is), or train with"
+        " model_parallel_size 1",
+        slug="model-parallel-lora",
+    )
+
+
+def _pairs(
+    source: Source, detected: Detected, tensors: dict[str, TensorRef]
+) -> dict[str, tuple[TensorRef, TensorRef]]:
+    """Module (diffusers name) -> (down, up) of one rank, each pair checked for shape and dtype."""
+    halves: dict[str, dict[str, TensorRef]] = {}
+    for name in detected.ledger.factors:
+        key = factor_key(detected.dialect, name[len(detected.prefix) :])
+        if key is None or name not in tensors:
+            raise CorruptCheckpoint(
+                f"the ranks do not hold the same tensors: {printable(name)} is missing in one",
+                where=printable(str(source.path)),
+                hint="copy the rank files of one iteration of one run into a folder of their own",
+            )
+        halves.setdefault(_here(detected, key.module, key.part, name), {})[key.side] = tensors[name]
+    broken = [module for module, sides in halves.items() if len(sides) != 2]
+    if broken:
+        raise CorruptCheckpoint(
+            f"{len(broken)} modules have only one of the two LoRA factors",
+            where="; ".join(fold_names(broken)[:4]),
+            hint="save the checkpoint again, or copy it again from where it was trained",
+            slug="factor-missing",
+        )
+    for module, sides in halves.items():
+        _check_pair(source, module, sides["down"], sides["up"])
+    return {module: (sides["down"], sides["up"]) for module, sides in halves.items()}
+
+
+def _here(detected: Detected, module: str, part: int, name: str) -> str:
+    """The diffusers module of a factor."""
+    if detected.spelling is None:
+        return module
+    found = detected.spelling.find(module)
+    assert found is not None
+    rule, fields = found
+    if not isinstance(rule, Rename | Fused) or part >= len(rule.targets):
+        raise FormatError(
+            f"{printable(name)} is part {part} of a module that has {len(rule.targets)}",
+            why=f"the {detected.family.title} table knows no such part",
+            hint="loraconv formats",
+            slug="part-unknown",
+        )
+    return fill(rule.targets[part], fields)
+
+
+def _check_pair(source: Source, module: str, down: TensorRef, up: TensorRef) -> None:
+    flat = len(down.shape) == 2 and len(up.shape) == 2
+    if not flat or down.shape[0] != up.shape[1] or not down.shape[0]:
+        raise CorruptCheckpoint(
+            f"the two LoRA factors of {printable(module)} do not fit together",
+            where=printable(str(source.path)),
+            why=f"down is {list(down.shape)}, up is {list(up.shape)}",
+            hint="save the checkpoint again, or copy it again from where it was trained",
+            slug="factor-shape",
+        )
+    for tensor in (down, up):
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise FormatError(
+                f"{printable(tensor.name)} is {tensor.dtype}, not a floating dtype",
+                hint="save the adapter in fp32, fp16 or bf16",
+                slug="dtype-unsupported",
+            )
+
+
+def _nearest(
+    source: Source, detected: Detected, ranks: list[dict[str, tuple[TensorRef, TensorRef]]]
+) -> dict[str, tuple[Lazy, Lazy]]:
+    """The single adapter nearest to what the model-parallel ranks computed.
+
+    A rows-parallel module (q, k, v) has its ``up`` rows on the ranks, and copies of ``down`` that drifted apart
+    slightly: their mean. A columns-parallel one (the output projection) has its ``down`` columns on the ranks, and each
+    rank added only its own share, so the mean over ranks of what they added is the concatenation divided by their
+    number. On a recorded run this is 5 and 7 % from the two ranks' outputs; the undivided sum is 8 and 10 %.
+    """
+    count = len(ranks)
+    made: dict[str, tuple[Lazy, Lazy]] = {}
+    for module in ranks[0]:
+        downs, ups = zip(*(rank[module] for rank in ranks), strict=True)
+        found = detected.spelling.find_part(module) if detected.spelling else None
+        rule = detected.spelling.find(found[0]) if detected.spelling and found else None
+        parallel = rule[0].parallel if rule and isinstance(rule[0], Rename | Fused) else "whole"
+        if parallel == "rows":
+            made[module] = Averaged(downs, count), Joined(ups, 0)
+        elif parallel == "columns":
+            made[module] = Joined(downs, 1), Averaged(ups, count * count)
+        else:
+            made[module] = Averaged(downs, count), Averaged(ups, count)
+    return made

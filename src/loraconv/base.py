@@ -1,0 +1,192 @@
+"""The base model inside a checkpoint: diffusers tensor names -> lazy tensors, merged over model-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from loraconv.detect import Detected, FactorKey, base_name, factor_key
+from loraconv.errors import CorruptCheckpoint, FormatError
+from loraconv.lazy import Joined, Lazy, TensorRef, Viewed
+from loraconv.names import FLOAT_DTYPES, fold_names, printable
+from loraconv.rules import Fused, Kernel, Regrouped, Rename, Rule, fill
+from loraconv.source import Source
+
+
+def bare_tensors(source: Source, detected: Detected) -> dict[str, TensorRef]:
+    """The base tensors of the first rank under the trainer's names, prefix and ``.original`` removed."""
+    names = [*detected.ledger.base, *detected.ledger.dropped]
+    return {_bare(detected, name): source.tensors[name] for name in names}
+
+
+def _bare(detected: Detected, name: str) -> str:
+    return base_name(detected.dialect, name[len(detected.prefix) :])
+
+
+def read_base(source: Source, detected: Detected, config: dict[str, Any]) -> dict[str, Lazy]:
+    """diffusers tensor name -> tensor, for every base tensor of the checkpoint.
+
+    Raises :class:`FormatError` for tensors that no rule explains, quantised weights and partial shards, and
+    :class:`CorruptCheckpoint` where ranks that must agree do not.
+    """
+    _refuse(source, detected)
+    made: dict[str, Lazy] = {}
+    for name in detected.ledger.base:
+        refs = [_of_rank(tensors, name) for tensors in source.ranks]
+        module, _, param = _bare(detected, name).rpartition(".")
+        found = detected.spelling.find(module) if detected.spelling else None
+        assert found is not None, module
+        rule, fields = found
+        for here, tensor in _targets(source, detected, rule, param, refs, config, module):
+            made[f"{fill(here, fields)}.{param}"] = tensor
+    return made
+
+
+def _refuse(source: Source, detected: Detected) -> None:
+    where = printable(str(source.path))
+    if source.incomplete:
+        raise FormatError(
+            f"{where} holds only a part of each tensor",
+            where=", ".join(fold_names(source.incomplete)[:3]),
+            why="ZeRO-3 with more than one data-parallel rank saves rank 0's part and loses the others",
+            hint="save again with ZeRO stage 2",
+            slug="zero3-partial",
+        )
+    if detected.spelling is None or not detected.ledger.base:
+        raise FormatError(
+            f"{where} holds no base model to convert",
+            why="it is an adapter alone" if detected.has_factors else "it is in diffusers' own layout already",
+            hint=f"loraconv inspect {where}",
+            slug="no-base",
+        )
+    if detected.ledger.unknown:
+        raise FormatError(
+            f"{len(detected.ledger.unknown)} tensors are not part of any known {detected.family.title}",
+            where="; ".join(fold_names(detected.ledger.unknown)[:6]),
+            why="dropping them without a word would change the model",
+            hint=f"loraconv inspect {where}",
+            slug="keys-unknown",
+        )
+    odd = [n for n in detected.ledger.base if source.tensors[n].dtype not in FLOAT_DTYPES]
+    if odd:
+        raise FormatError(
+            f"the base weights are quantised ({source.tensors[odd[0]].dtype})",
+            where="; ".join(fold_names(odd)[:4]),
+            hint="convert the adapter alone (--what lora) and use the original base model",
+            slug="base-quantised",
+        )
+
+
+def _of_rank(tensors: dict[str, TensorRef], name: str) -> TensorRef:
+    if name not in tensors:
+        raise CorruptCheckpoint(
+            f"the ranks do not hold the same tensors: {printable(name)} is missing in one",
+            hint="copy the rank files of one iteration of one run into a folder of their own",
+        )
+    return tensors[name]
+
+
+def _targets(
+    source: Source,
+    detected: Detected,
+    rule: Rule,
+    param: str,
+    refs: list[TensorRef],
+    config: dict[str, Any],
+    module: str,
+) -> Iterator[tuple[str, Lazy]]:
+    """The target templates of one source tensor, and the tensor of each."""
+    if isinstance(rule, Fused):
+        rows = _equal_parts(source, detected, rule, module, refs[0])
+        for part, here in enumerate(rule.here):
+            yield here, join([ref.rows(part * rows, (part + 1) * rows) for ref in refs], 0)
+    elif isinstance(rule, Regrouped):
+        whole = same_in_all(refs)
+        chunk, left = divmod(whole.shape[0], rule.chunks)
+        if left:
+            raise _odd_rows(whole, rule.chunks)
+        for here, numbers in rule.here.items():
+            yield here, join([whole.rows(n * chunk, (n + 1) * chunk) for n in numbers], 0)
+    elif isinstance(rule, Kernel):
+        yield rule.here, _kernel(rule, same_in_all(refs), config)
+    elif isinstance(rule, Rename):
+        if not rule.when or config[rule.when]:
+            yield rule.here, merge(refs, _split_dim(rule, param, refs[0]))
+
+
+def _split_dim(rule: Rename, param: str, ref: TensorRef) -> int | None:
+    """Along which dimension model parallelism split this parameter; None where every rank has it whole."""
+    if rule.parallel == "rows":
+        return 0
+    return 1 if rule.parallel == "columns" and len(ref.shape) == 2 else None
+
+
+def _equal_parts(source: Source, detected: Detected, rule: Fused, module: str, ref: TensorRef) -> int:
+    """The rows of each part of a fused module on one rank; raises :class:`FormatError` where parts are not equal."""
+    ups = set()
+    for name in detected.ledger.factors:
+        key = factor_key(detected.dialect, name[len(detected.prefix) :])
+        if key == FactorKey(module, key.part if key else 0, "up"):
+            ups.add(source.tensors[name].shape[0])
+    rows, left = divmod(ref.shape[0], len(rule.here))
+    if left or len(ups) > 1:
+        raise FormatError(
+            f"{printable(module)} has parts of unequal size, which {detected.family.model_class} cannot hold",
+            why=f"{ref.shape[0]} rows" + (f", the adapter's parts have {sorted(ups)}" if ups else ""),
+            hint="convert the adapter alone: --what lora",
+            slug="partition-unequal",
+        )
+    return rows
+
+
+def _odd_rows(ref: TensorRef, chunks: int) -> FormatError:
+    return FormatError(
+        f"{printable(ref.name)} has {ref.shape[0]} rows, which are not {chunks} equal chunks", slug="partition-unknown"
+    )
+
+
+def _kernel(rule: Kernel, ref: TensorRef, config: dict[str, Any]) -> Lazy:
+    if len(ref.shape) != 2 or config[rule.flat_if] is not None:
+        return ref
+    size = config[rule.size]
+    return Viewed(ref, (ref.shape[0], ref.shape[1] // (size * size), size, size))
+
+
+def join(parts: list[TensorRef], dim: int) -> Lazy:
+    """The parts concatenated; a single one stays what it is."""
+    return parts[0] if len(parts) == 1 else Joined(tuple(parts), dim)
+
+
+def merge(refs: list[TensorRef], dim: int | None) -> Lazy:
+    """One tensor out of what the ranks hold: concatenated along ``dim``, or the one they all hold."""
+    if dim is None:
+        return same_in_all(refs)
+    if len(refs) > 1 and _same(refs[0], refs[1]):
+        raise CorruptCheckpoint(
+            f"two rank files hold the same part of {printable(refs[0].name)}",
+            where=f"{refs[0].file.shown}, {refs[1].file.shown}",
+            why="one rank's file was copied over another's",
+            hint="copy the rank files again from where they were trained",
+            slug="rank-duplicate",
+        )
+    return join(refs, dim)
+
+
+def same_in_all(refs: list[TensorRef]) -> TensorRef:
+    """The tensor that every rank holds; raises :class:`CorruptCheckpoint` if they differ."""
+    for other in refs[1:]:
+        if not _same(refs[0], other):
+            raise CorruptCheckpoint(
+                f"the ranks disagree about {printable(refs[0].name)}, which each of them holds whole",
+                where=f"{refs[0].file.shown}, {other.file.shown}",
+                why="the files belong to different runs or iterations, or the ranks drifted apart in training",
+                hint="copy the rank files of one iteration of one run into a folder of their own",
+                slug="rank-mixed",
+            )
+    return refs[0]
+
+
+def _same(a: TensorRef, b: TensorRef) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return all(x == y for x, y in zip(a.pieces(), b.pieces(), strict=True))

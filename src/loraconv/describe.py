@@ -1,0 +1,195 @@
+"""What a checkpoint is, as data: container, dialect, model, rank, alpha and where it came from, and everything else in it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from loraconv.adapter import Adapter, layer_of, read_adapter
+from loraconv.base import bare_tensors
+from loraconv.detect import Detected, detect, group_bytes
+from loraconv.errors import FormatError
+from loraconv.model_config import infer_config, release_of
+from loraconv.names import fold_names, printable, ranges
+from loraconv.source import Source, open_source
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One kind of content: how many tensors, how many bytes, and its names, folded by layer."""
+
+    what: str
+    tensors: int
+    bytes: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """The LoRA in a checkpoint. ``alpha`` and ``scale`` are given as text where they are exact fractions.
+
+    More than one entry in ``ranks`` or ``scales`` means that modules differ.
+    """
+
+    ranks: tuple[int, ...]
+    alphas: tuple[str, ...]
+    alpha_sources: tuple[str, ...]
+    scales: tuple[str, ...]
+    targets: tuple[str, ...]
+    modules: int
+    layers: str
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Everything ``loraconv inspect`` shows. ``adapter`` is None where there is no LoRA to read, ``problem`` says why."""
+
+    path: str
+    container: str
+    ranks: int
+    bytes: int
+    dialect: str
+    reason: str
+    model: str
+    config: dict[str, Any] | None
+    adapter: AdapterFacts | None
+    problem: str
+    contents: tuple[Group, ...]
+    notices: tuple[str, ...]
+    next: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict (schema 1)."""
+        return {"schema": 1, **asdict(self)}
+
+
+def inspect(src: str | Path, *, alpha: float | None = None) -> Summary:
+    """Say what ``src`` is, from names and shapes alone; ``alpha`` overrides what the files say.
+
+    Raises :class:`UsageError`, :class:`FormatError` (unknown), :class:`CorruptCheckpoint`, :class:`UnsafeCheckpoint`.
+    """
+    with open_source(src) as source:
+        summary = summarise(source, detect(source), alpha=None if alpha is None else Fraction(alpha))
+        source.check_unchanged()
+        return summary
+
+
+def summarise(source: Source, detected: Detected, *, alpha: Fraction | None = None) -> Summary:
+    """The summary of an opened source."""
+    config, model, config_problem = _model(source, detected)
+    adapter, problem = None, ""
+    try:
+        read = read_adapter(source, detected, alpha=alpha, nearest=True)
+        adapter = read
+    except FormatError as error:
+        problem = error.what if detected.has_factors or source.incomplete else ""
+        read = None
+    notices = [*source.notices, *(read.notices if read else ()), *_notices(source, detected), *config_problem]
+    return Summary(
+        path=str(source.path),
+        container=source.container,
+        ranks=len(source.ranks),
+        bytes=source.bytes,
+        dialect=detected.dialect.name,
+        reason=detected.reason,
+        model=model,
+        config=config,
+        adapter=_facts(adapter) if adapter else None,
+        problem=problem,
+        contents=tuple(_contents(source, detected)),
+        notices=tuple(notices),
+        next=_next(source, detected, problem),
+    )
+
+
+def _model(source: Source, detected: Detected) -> tuple[dict[str, Any] | None, str, list[str]]:
+    family = detected.family
+    if detected.spelling is None or not detected.ledger.base:
+        return None, f"{family.title} (the adapter alone does not tell which)", []
+    try:
+        config = infer_config(family, bare_tensors(source, detected), source.config)
+    except FormatError as error:
+        return None, family.title, [f"base model: {error.what}"]
+    release, whole = release_of(family, config)
+    size = f"{config['num_layers']} layers, hidden {config['num_attention_heads'] * config['attention_head_dim']}"
+    if release is None:
+        return config, f"{family.title} of unknown layout, {size}", []
+    return config, f"{release.title}, {size}" if whole else f"{release.title} layout in another size: {size}", []
+
+
+def _notices(source: Source, detected: Detected) -> list[str]:
+    notices = []
+    if len(source.ranks) > 1 and detected.has_factors:
+        notices.append(
+            f"trained on {len(source.ranks)} model-parallel ranks: no single adapter equals this LoRA (--nearest)"
+        )
+    if detected.dialect.name == "diffusers" and not detected.prefix:
+        notices.append("keys lack the prefix 'transformer.': diffusers 0.33 and later loads nothing from this file")
+    if detected.ledger.unknown:
+        notices.append(f"{len(detected.ledger.unknown)} tensors are not understood")
+    return notices
+
+
+def _facts(adapter: Adapter) -> AdapterFacts:
+    factors = adapter.factors
+    scales = {f.scale: None for f in factors}
+    targets = {_without_layer(f.module): None for f in factors}
+    return AdapterFacts(
+        ranks=tuple(sorted({f.rank for f in factors})),
+        alphas=tuple(dict.fromkeys(str(s.alpha) for s in scales)),
+        alpha_sources=tuple(dict.fromkeys(s.source for s in scales)),
+        scales=tuple(dict.fromkeys(str(s.exact) if s.exact is not None else repr(s.value) for s in scales)),
+        targets=tuple(targets),
+        modules=len(factors),
+        layers=ranges(adapter.layers),
+        dtypes=tuple(adapter.dtypes),
+    )
+
+
+def _without_layer(module: str) -> str:
+    """``transformer_blocks.3.attn1.to_q`` -> ``attn1.to_q``."""
+    layer = layer_of(module)
+    return module if layer is None else module.partition(f".{layer}.")[2] or module
+
+
+def _contents(source: Source, detected: Detected) -> list[Group]:
+    ledger = detected.ledger
+    named = [
+        ("LoRA factors", ledger.factors),
+        (f"{detected.family.title} base", ledger.base),
+        *ledger.foreign.items(),
+        ("known, not needed", list(ledger.dropped)),
+        ("not understood", ledger.unknown),
+        ("parts of tensors", source.incomplete),
+    ]
+    groups = [Group(what, len(names), _bytes(source, names), tuple(fold_names(names))) for what, names in named if names]
+    state = [e for e in source.extras if e.tensors]
+    other = [e for e in source.extras if not e.tensors]
+    if state:
+        names = tuple(f"{e.name} ({e.tensors} tensors)" for e in state)
+        groups.append(Group("trainer state with tensors", sum(e.tensors for e in state), sum(e.bytes for e in state), names))
+    if other:
+        groups.append(Group("trainer state", 0, 0, tuple(f"{e.name} ({printable(e.kind)})" for e in other)))
+    return groups
+
+
+def _bytes(source: Source, names: list[str]) -> int:
+    return group_bytes(source, [n for n in names if n in source.tensors])
+
+
+def _next(source: Source, detected: Detected, problem: str) -> str:
+    path = printable(str(source.path), 1000)
+    if source.incomplete:
+        return ""
+    if detected.dialect.spelling:
+        if not detected.has_factors:
+            return f"loraconv sat2diffusers {path} --what base -o transformer"
+        nearest = " --nearest" if len(source.ranks) > 1 else ""
+        given = " --alpha A" if problem else ""
+        return f"loraconv sat2diffusers {path} -o lora{given}{nearest}"
+    if detected.has_factors:
+        return f"loraconv convert {path} -o out --to {'diffusers' if detected.dialect.name == 'peft' else 'peft'}"
+    return ""

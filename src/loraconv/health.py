@@ -1,0 +1,103 @@
+"""What is wrong with the numbers of an adapter or a base: NaN, Inf, an ``up`` that is all zero, damaged storage.
+
+This is the one pass that reads every source byte before anything is written.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from loraconv.adapter import Adapter
+from loraconv.errors import CorruptCheckpoint
+from loraconv.lazy import PIECE_BYTES, Lazy, TensorRef
+from loraconv.names import fold_names, printable
+
+#: The bits of an exponent that is all ones (Inf or NaN), by dtype: (integer type, mask).
+_EXPONENT = {
+    "F16":  ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+    "F32":  ("<u4", 0x7F800000),
+    "F64":  ("<u8", 0x7FF0000000000000),
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Health:
+    """Names of tensors with NaN or Inf, and modules whose ``up`` is zero everywhere."""
+
+    nonfinite: list[str] = field(default_factory=list)
+    zero_up: list[str] = field(default_factory=list)
+
+
+def check_adapter(adapter: Adapter) -> Health:
+    """Read every factor once; raises :class:`CorruptCheckpoint` where the container's own checksum does not fit."""
+    tensors = {f"{f.module}.{side}": t for f in adapter.factors for side, t in (("down", f.down), ("up", f.up))}
+    return Health(
+        nonfinite=check_tensors(tensors),
+        zero_up=[f.module for f in adapter.factors if is_zero(f.up)],
+    )
+
+
+def check_tensors(tensors: Mapping[str, Lazy]) -> list[str]:
+    """The names of the tensors that hold NaN or Inf.
+
+    Reads each storage once, whole, and compares it with the CRC-32 that the container declares for it; raises
+    :class:`CorruptCheckpoint` where they differ.
+    """
+    storages = {(id(leaf.file), leaf.storage): leaf for tensor in tensors.values() for leaf in tensor.leaves()}
+    if all([_storage_is_finite(leaf) for leaf in storages.values()]):
+        return []
+    return [name for name, tensor in tensors.items() if not is_finite(tensor)]
+
+
+def _storage_is_finite(leaf: TensorRef) -> bool:
+    start, length = leaf.storage
+    crc, finite = 0, True
+    for offset in range(start, start + length, PIECE_BYTES):
+        piece = leaf.file.pread(offset, min(PIECE_BYTES, start + length - offset))
+        if leaf.storage_crc is not None:
+            crc = zlib.crc32(piece, crc)
+        finite = finite and _all_finite(piece, leaf.dtype)
+    if leaf.storage_crc is not None and crc != leaf.storage_crc:
+        raise CorruptCheckpoint(
+            f"the bytes of {printable(leaf.name)} do not match their checksum",
+            where=leaf.file.shown,
+            why="the file was damaged after it was written",
+            hint="copy the checkpoint again from where it was trained",
+            slug="checksum",
+        )
+    return finite
+
+
+def _all_finite(piece: bytes, dtype: str) -> bool:
+    import numpy as np
+
+    integer, mask = _EXPONENT[dtype]
+    return not bool(np.any((np.frombuffer(piece, dtype=integer) & mask) == mask))
+
+
+def is_finite(tensor: Lazy) -> bool:
+    """False if any element is NaN or Inf."""
+    return all(_all_finite(piece, tensor.dtype) for piece in tensor.pieces())
+
+
+def is_zero(tensor: Lazy) -> bool:
+    """True if every element is zero, of either sign."""
+    import numpy as np
+
+    integer = _EXPONENT[tensor.dtype][0]
+    sign = np.array(1 << (np.dtype(integer).itemsize * 8 - 1), dtype=integer)
+    return all(not bool(np.any(np.frombuffer(piece, dtype=integer) & ~sign)) for piece in tensor.pieces())
+
+
+def nonfinite_error(names: list[str], where: str) -> CorruptCheckpoint:
+    """The refusal of an adapter or base with NaN or Inf, naming the tensors."""
+    return CorruptCheckpoint(
+        f"{len(names)} tensors hold NaN or Inf",
+        where=f"{printable(where)}: " + "; ".join(fold_names(names)[:6]),
+        why="the training diverged; what is loaded with this becomes noise",
+        hint="use an earlier iteration, or add --allow-nonfinite to convert it all the same",
+        slug="nonfinite",
+    )

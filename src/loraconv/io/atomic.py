@@ -1,0 +1,568 @@
+"""Output folders that appear whole or not at all: the only place in loraconv that opens anything for writing.
+
+Everything is written into a temporary sibling ``.NAME.PID-RANDOM.part`` of the target NAME, which is locked with
+``flock``, so that a later run can tell the remains of a dead process from the work of a living one. Each file is
+checked for length and fsynced, then each folder is fsynced, then one rename publishes the whole, then the parent
+folder is fsynced. An old output is swapped with the new one (``renameat2(RENAME_EXCHANGE)``) and deleted afterwards.
+Where the file system cannot swap (NFS, some FUSE), the old folder is moved aside to ``.NAME.PID-RANDOM.old`` first:
+for the time between two renames there is no target, and a process killed right there leaves it to the next run to
+move the old folder back.
+
+A target that is a symbolic link stays one: what it points to is created or replaced, under the same rules as any other
+target. Permission bits of a replaced folder and of its files are kept; owner, ACLs and extended attributes are not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import queue
+import re
+import secrets
+import shutil
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+from loraconv.errors import UsageError, WriteFailed
+from loraconv.lazy import PIECE_BYTES
+from loraconv.names import human_bytes, printable
+
+#: The manifest of every output; a folder without a valid one was not written by loraconv and is never replaced.
+MANIFEST = "loraconv.json"
+MANIFEST_LIMIT = 64 << 20
+WRITEBACK_BYTES = 64 << 20
+QUEUED_PIECES = 8
+
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_AT_FDCWD, _RENAME_EXCHANGE, _SYNC_FILE_RANGE_WRITE = -100, 2, 2
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
+# EPERM: what old container sandboxes answer to a call they do not know.
+_NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
+_TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
+
+Inode = tuple[int, int]
+
+
+@contextmanager
+def output_folder(
+    target: str | Path, *, inputs: Iterable[str | Path], needed: int, overwrite: bool = False
+) -> Iterator[OutputFolder]:
+    """A folder to write into, which takes its place at ``target`` when the block ends and vanishes if it raises.
+
+    ``inputs`` are all input files and folders of the command, ``needed`` is the number of bytes about to be written.
+    Raises :class:`UsageError` (``output-is-input``: the target is, holds or lies inside an input) and
+    :class:`WriteFailed` (``output-exists``, ``output-foreign``, ``no-space``, ``not-writable``, ``write-failed``: the
+    target is as it was; ``durability-unknown``, ``old-remains``: the new output is in place).
+    """
+    place = _resolve(target)
+    known = _input_inodes(place, inputs)
+    _sweep(place)
+    _old_output(place, overwrite, known)
+    _check_space(place, needed)
+    folder = OutputFolder(place, known, needed, overwrite)
+    try:
+        folder._open()
+        yield folder
+        folder._commit()
+    except BaseException:
+        folder._discard()
+        raise
+
+
+class OutputFolder:
+    """An output under construction; ``path`` is its temporary place."""
+
+    def __init__(self, target: Path, inputs: frozenset[Inode], needed: int, overwrite: bool) -> None:
+        self._target, self._inputs, self._needed, self._overwrite = target, inputs, needed, overwrite
+        self._lock: int | None = None
+        self._parents: list[Path] = []
+        self._folders: list[Path] = []
+        self._unfinished: set[str] = set()
+        self._keep_old = False
+        self._choose_names()
+
+    @contextmanager
+    def file(self, relative: str) -> Iterator[OutputFile]:
+        """A new file of the folder, complete and on disk when the block ends.
+
+        Raises :class:`WriteFailed`, and ValueError for a name that is not a plain relative one.
+        """
+        self._unfinished.add(relative)
+        output = OutputFile(self._make_room(relative), self._target / relative, self._needed)
+        try:
+            yield output
+            output._finish()
+        finally:
+            output._close()
+        self._unfinished.discard(relative)
+
+    def _choose_names(self) -> None:
+        stem = f".{self._target.name}.{os.getpid()}-{secrets.token_hex(4)}"
+        self.path = self._target.with_name(f"{stem}.part")
+        self._aside = self._target.with_name(f"{stem}.old")
+
+    def _open(self) -> None:
+        with _reported(self._target, self._needed):
+            self._make_parents()
+            # What replaces an existing folder stays private until it gets that folder's mode.
+            mode = 0o700 if self._target.is_dir() else 0o777
+            while self._lock is None:  # until no sweeper has taken the new folder for a dead one before it was locked
+                self._choose_names()
+                os.mkdir(self.path, mode)
+                self._lock = _lock(self.path)
+        self._folders.append(self.path)
+
+    def _make_parents(self) -> None:
+        missing = [parent for parent in self._target.parents if not parent.exists()]
+        for parent in reversed(missing):
+            self._parents.append(parent)  # before it exists: an interrupt may strike right after mkdir
+            try:
+                os.mkdir(parent)
+            except FileExistsError:
+                self._parents.remove(parent)
+            _sync_folder(parent.parent)
+
+    def _make_room(self, relative: str) -> Path:
+        if {"", ".", ".."} & set(relative.split("/")) or "\\" in relative or "\0" in relative:
+            raise ValueError(f"not a relative file name: {relative!r}")
+        for parent in reversed(PurePosixPath(relative).parents):
+            folder = self.path / parent
+            if folder not in self._folders:
+                with _reported(self._target / parent, self._needed):
+                    os.mkdir(folder)
+                self._folders.append(folder)
+        return self.path / relative
+
+    def _commit(self) -> None:
+        if self._unfinished:
+            raise RuntimeError(f"files that were not completed: {sorted(self._unfinished)}")
+        with _reported(self._target, self._needed):
+            for folder in reversed(self._folders):
+                mode = _mode(self._target / folder.relative_to(self.path), stat.S_IFDIR)
+                if mode is not None:
+                    os.chmod(folder, mode)
+                _sync_folder(folder)
+            self._publish()
+        self._settle()
+
+    def _publish(self) -> None:
+        """Give the finished folder its name; an old output keeps the name until that very moment."""
+        # Checked again: hours may have passed since the first time.
+        replaces = _old_output(self._target, self._overwrite, self._inputs)
+        if replaces and _exchange(self.path, self._target):
+            return
+        if replaces:
+            os.rename(self._target, self._aside)
+        try:
+            os.rename(self.path, self._target)
+        except OSError as error:
+            if error.errno in _TAKEN:
+                raise _exists(self._target) from None
+            raise
+
+    def _settle(self) -> None:
+        """Make the new name durable; only then delete what it replaced."""
+        try:
+            _sync_folder(self._target.parent)
+        except OSError as error:
+            self._keep_old = True
+            raise WriteFailed(
+                f"{_shown(self._target)} is written, durability unknown",
+                where=_shown(self._target.parent),
+                why=f"the folder could not be flushed to the disk: {error.strerror}",
+                hint="check the disk, then write the output again",
+                slug="durability-unknown",
+            ) from None
+        for old in (self.path, self._aside):
+            shutil.rmtree(old, ignore_errors=True)
+            if os.path.lexists(old):
+                raise WriteFailed(
+                    f"{_shown(self._target)} is written, but the output it replaced could not be deleted",
+                    where=_shown(old),
+                    hint=f"rm -r {_shown(old)}",
+                    slug="old-remains",
+                )
+        self._unlock()
+
+    def _discard(self) -> None:
+        """Remove what is not in place; after the swap that is the old output, before it the new one."""
+        if not self._keep_old:
+            shutil.rmtree(self.path, ignore_errors=True)
+            _put_back(self._aside, self._target)
+            for parent in reversed(self._parents):
+                with suppress(OSError):
+                    os.rmdir(parent)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None and self._lock >= 0:
+            os.close(self._lock)
+        self._lock = None
+
+
+class OutputFile:
+    """A file under construction at ``path``; ``size`` counts its bytes, ``sha256`` is set when it is complete."""
+
+    def __init__(self, path: Path, final: Path, needed: int) -> None:
+        self.path, self.size, self.sha256 = path, 0, ""
+        self._final, self._needed = final, needed
+        self._flushed = 0
+        self._hash = _Hash()
+        with _reported(final, needed):
+            self._fd = os.open(path, _NEW_FILE, 0o666)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append ``data``. Raises :class:`WriteFailed`; the file cannot be completed after that."""
+        view = memoryview(data)
+        if not view.nbytes:
+            return
+        view = view.cast("B")
+        try:
+            for start in range(0, len(view), PIECE_BYTES):
+                piece = view[start : start + PIECE_BYTES]
+                # The hash may look at the piece later than the caller reuses a buffer.
+                self._hash.update(piece if isinstance(data, bytes) else bytes(piece))
+                self._append(piece)
+        except BaseException:
+            self._close()
+            raise
+
+    def _append(self, piece: memoryview) -> None:
+        with _reported(self._final, self._needed):
+            while piece:
+                count = os.write(self._fd, piece)
+                self.size += count
+                piece = piece[count:]
+        if self.size - self._flushed >= WRITEBACK_BYTES:
+            _start_writeback(self._fd, self._flushed, self.size - self._flushed)
+            self._flushed = self.size
+
+    def _finish(self) -> None:
+        digest = self._hash.finish()
+        with _reported(self._final, self._needed):
+            if os.fstat(self._fd).st_size != self.size:
+                raise OSError(errno.EIO, "the file is not as long as what was written to it")
+            mode = _mode(self._final, stat.S_IFREG)
+            if mode is not None:
+                os.fchmod(self._fd, mode & 0o777)
+            os.fsync(self._fd)
+            self._close()
+        self.sha256 = digest
+
+    def _close(self) -> None:
+        self._hash.finish()
+        descriptor, self._fd = self._fd, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class _Hash:
+    """SHA-256 of the pieces it is fed; from 4 MiB on a thread computes it while the caller goes on writing."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._fed = 0
+        self._pieces: queue.Queue[bytes | memoryview | None] = queue.Queue(QUEUED_PIECES)
+        self._thread: threading.Thread | None = None
+
+    def update(self, piece: bytes | memoryview) -> None:
+        self._fed += len(piece)
+        if self._thread is None and self._fed < PIECE_BYTES:
+            self._hash.update(piece)
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
+        self._pieces.put(piece)
+
+    def finish(self) -> str:
+        """Wait for the thread, which then ends; the digest so far. A second call does nothing more."""
+        if self._thread is not None and self._thread.is_alive():
+            self._pieces.put(None)
+            self._thread.join()
+        return self._hash.hexdigest()
+
+    def _work(self) -> None:
+        while (piece := self._pieces.get()) is not None:
+            self._hash.update(piece)
+
+
+def _resolve(target: str | Path) -> Path:
+    """The real path of the target, links followed; raises :class:`UsageError` for what cannot name a folder."""
+    try:
+        place = Path(os.path.realpath(target)) if os.fspath(target) else Path("/")
+    except ValueError as error:
+        raise UsageError("the output is not a path", where=printable(str(target)), why=str(error)) from None
+    if not place.name:
+        raise UsageError("the output needs a name", where=printable(str(target)), hint="choose a folder with -o")
+    return place
+
+
+def _input_inodes(target: Path, inputs: Iterable[str | Path]) -> frozenset[Inode]:
+    """The inputs by inode, which no spelling, link or letter case can disguise; raises :class:`UsageError`."""
+    above = list(_chain(target))
+    own = next(_chain(target), None) if os.path.lexists(target) else None
+    inodes = set()
+    for given in inputs:
+        try:
+            inode = _inode(os.stat(given))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot open {_shown(given)}", why=str(error), slug="not-found") from None
+        around = {*_chain(Path(os.path.abspath(given))), *_chain(Path(os.path.realpath(given)))}
+        if inode in above or own in around:
+            raise _is_input(target, given)
+        inodes.add(inode)
+    return frozenset(inodes)
+
+
+def _is_input(target: Path, given: str | Path) -> UsageError:
+    return UsageError(
+        f"the output {_shown(target)} is, holds or lies inside an input",
+        where=_shown(given),
+        hint="choose a folder outside of every input with -o",
+        slug="output-is-input",
+    )
+
+
+def _chain(path: Path) -> Iterator[Inode]:
+    """The inodes of ``path`` and of every folder above it, as far as they exist."""
+    for step in (path, *path.parents):
+        with suppress(OSError):
+            yield _inode(os.stat(step))
+
+
+def _inode(info: os.stat_result) -> Inode:
+    return info.st_dev, info.st_ino
+
+
+def _old_output(target: Path, overwrite: bool, inputs: frozenset[Inode]) -> bool:
+    """Whether an earlier output, which may be replaced, is at ``target``; False if the place is free or empty.
+
+    Raises :class:`WriteFailed` if something else is there, or an output without ``overwrite``.
+    """
+    with _reported(target):
+        if not os.path.lexists(target):
+            return False
+        if not stat.S_ISDIR(os.lstat(target).st_mode):
+            raise WriteFailed(
+                f"{_shown(target)} exists and is not a folder", slug="output-exists", hint="choose another name with -o"
+            )
+        _check_writable(target)
+        if not os.listdir(target):
+            return False
+        if not overwrite:
+            raise _exists(target)
+        foreign = list(islice(_foreign(target, inputs), 3))
+    if foreign:
+        raise WriteFailed(
+            f"{_shown(target)} holds files that loraconv did not write, and is not replaced",
+            where=", ".join(printable(name) for name in foreign),
+            why=f"a valid {MANIFEST} in that folder must list every file of it",
+            hint="choose another folder with -o",
+            slug="output-foreign",
+        )
+    return True
+
+
+def _exists(target: Path) -> WriteFailed:
+    return WriteFailed(
+        f"{_shown(target)} exists and is not empty",
+        hint="pass --overwrite to replace it, or choose another folder with -o",
+        slug="output-exists",
+    )
+
+
+def _foreign(target: Path, inputs: frozenset[Inode]) -> Iterator[str]:
+    """What is in ``target`` and not in its manifest; raises :class:`UsageError` for a hard link of an input."""
+    files = _listed(target)
+    folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}
+    for name, entry in _entries(target):
+        if _inode(entry.stat(follow_symlinks=False)) in inputs:
+            raise _is_input(target, target / name)
+        if entry.is_dir(follow_symlinks=False):
+            _check_writable(target / name)
+            ours = name in folders
+        else:
+            ours = name in files and entry.is_file(follow_symlinks=False)
+        if not ours:
+            yield name
+
+
+def _listed(target: Path) -> set[str]:
+    """The file names in the manifest of ``target`` and the manifest's own; nothing if there is no valid one."""
+    path = target / MANIFEST
+    try:
+        info = os.lstat(path)
+        if not stat.S_ISREG(info.st_mode) or info.st_size > MANIFEST_LIMIT:
+            return set()
+        names = [entry["name"] for entry in json.loads(path.read_bytes())["files"]]
+    except (FileNotFoundError, ValueError, TypeError, LookupError, RecursionError):
+        return set()
+    return {MANIFEST, *names} if all(isinstance(name, str) for name in names) else set()
+
+
+def _entries(folder: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+    with os.scandir(folder) as found:
+        for entry in sorted(found, key=lambda entry: entry.name):
+            yield prefix + entry.name, entry
+            if entry.is_dir(follow_symlinks=False):
+                yield from _entries(folder / entry.name, f"{prefix}{entry.name}/")
+
+
+def _check_writable(folder: Path) -> None:
+    # A protected folder could be swapped out, but not deleted afterwards.
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"{_shown(folder)} is write-protected")
+
+
+def _check_space(target: Path, needed: int) -> None:
+    with _reported(target, needed):
+        free = _free(target)
+        if free is not None and free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _free(path: Path) -> int | None:
+    """Free bytes where ``path`` is or will be; None if the file system does not tell."""
+    info = os.statvfs(_existing(path))
+    return info.f_bavail * info.f_frsize if info.f_blocks else None
+
+
+def _existing(path: Path) -> Path:
+    return next((step for step in (path, *path.parents) if os.path.isdir(step)), Path("/"))
+
+
+def _lock(path: Path) -> int | None:
+    """The descriptor of the folder, locked; None if it is gone or another's, -1 if this file system has no locks."""
+    try:
+        descriptor = os.open(path, _FOLDER)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+            return descriptor
+        result = None
+    except (BlockingIOError, FileNotFoundError):
+        result = None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(descriptor)
+            raise
+        result = -1
+    os.close(descriptor)
+    return result
+
+
+def _sweep(target: Path) -> None:
+    """Remove what dead processes left of this very target. The lock tells, not the process id, which may be reused."""
+    ours = re.compile(re.escape(f".{target.name}.") + r"\d+-[0-9a-f]{8}\.(part|old)")
+    names = []
+    with suppress(OSError):
+        names = os.listdir(target.parent)
+    for match in filter(None, map(ours.fullmatch, names)):
+        path = target.with_name(match.string)
+        with suppress(OSError):
+            lock = _lock(path)
+            if lock is None or lock < 0:
+                continue
+            if match.group(1) == "old":
+                _put_back(path, target)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+
+
+def _put_back(aside: Path, target: Path) -> None:
+    """Return an old output that was moved aside to its place, or delete it if a new one is there."""
+    try:
+        os.rename(aside, target)
+    except OSError as error:
+        # Any other failure leaves it where it is: it may be the only copy.
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system cannot. Raises OSError."""
+    renameat2 = _libc("renameat2")
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def _start_writeback(descriptor: int, offset: int, count: int) -> None:
+    """Let the disk begin with what is written so far, so that the fsync at the end is short. Failing does no harm."""
+    sync_file_range = _libc("sync_file_range")
+    if sync_file_range is not None:
+        sync_file_range(descriptor, ctypes.c_longlong(offset), ctypes.c_longlong(count), _SYNC_FILE_RANGE_WRITE)
+
+
+@cache
+def _libc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, _FOLDER)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no fsync of folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _mode(path: Path, kind: int) -> int | None:
+    """The permission bits of ``path``; None if it is missing or of another kind."""
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return stat.S_IMODE(mode) if stat.S_IFMT(mode) == kind else None
+
+
+@contextmanager
+def _reported(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn an OSError of the block into :class:`WriteFailed` with the path the user knows."""
+    try:
+        yield
+    except OSError as error:
+        raise _write_failed(path, error, needed) from None
+
+
+def _write_failed(path: Path, error: OSError, needed: int) -> WriteFailed:
+    why, slug = error.strerror or str(error), "write-failed"
+    folder = _shown(_existing(path.parent))
+    hint = f"choose another folder with -o, or look at this one: ls -ld {folder}"
+    if error.errno in _NO_SPACE:
+        slug, hint = "no-space", f"free some space: df -h {folder}"
+        with suppress(OSError):
+            free = _free(path)
+            known = "unknown" if free is None else f"{human_bytes(free)} ({free} bytes)"
+            why = f"{why}: {human_bytes(needed)} ({needed} bytes) needed, {known} free"
+    elif error.errno in _NO_ACCESS:
+        slug = "not-writable"
+    return WriteFailed(f"cannot write {_shown(path)}", why=why, hint=hint, slug=slug)
+
+
+def _shown(path: str | Path) -> str:
+    return printable(str(path), limit=1000)

@@ -1,0 +1,52 @@
+"""Writing a safetensors file as a stream, with the same bytes every time.
+
+The ``safetensors`` library writes its metadata in random order and sets neither mode nor durability, so the header is
+made here: names and metadata sorted, tensors in the library's own order (wide dtypes first, then by name).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+
+from loraconv.io.atomic import OutputFile
+from loraconv.lazy import Lazy, nbytes
+from loraconv.names import DTYPE_BYTES
+
+Named = tuple[str, Lazy]
+
+
+def in_order(tensors: Iterable[Named]) -> list[Named]:
+    """The tensors in the order of their bytes in the file."""
+    return sorted(tensors, key=lambda item: (-DTYPE_BYTES[item[1].dtype], item[0]))
+
+
+def header_bytes(tensors: Iterable[Named], metadata: Mapping[str, str]) -> bytes:
+    """The length prefix and the JSON header, padded with spaces to a multiple of 8."""
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    at = 0
+    for name, tensor in in_order(tensors):
+        size = nbytes(tensor)
+        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(file: OutputFile, tensors: Iterable[Named], metadata: Mapping[str, str]) -> None:
+    """Stream the header and every tensor into ``file``; raises what ``file.write`` raises."""
+    ordered = in_order(tensors)
+    file.write(header_bytes(ordered, metadata))
+    for piece in _pieces(ordered):
+        file.write(piece)
+
+
+def _pieces(ordered: list[Named]) -> Iterator[bytes]:
+    for name, tensor in ordered:
+        count = 0
+        for piece in tensor.pieces():
+            count += len(piece)
+            yield piece
+        if count != nbytes(tensor):
+            raise RuntimeError(f"{name}: {count} bytes were made, {nbytes(tensor)} were declared")

@@ -1,0 +1,238 @@
+"""Tensors that are not in memory: where their bytes lie, and a few operations on them.
+
+A :class:`TensorRef` is a byte range of an input file. The other classes build a tensor out of references: each has
+``dtype``, ``shape`` and ``pieces()``, which streams the row-major bytes, so memory stays bounded by one tensor.
+numpy is imported only when numbers have to be looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from loraconv.names import DTYPE_BYTES, numel
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from loraconv.io.input_file import InputFile
+
+PIECE_BYTES = 4 << 20
+
+
+class Lazy(Protocol):
+    """Anything that can stream a tensor: ``dtype`` (safetensors name), ``shape``, and its row-major bytes."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def pieces(self) -> Iterator[bytes]: ...
+    def leaves(self) -> Iterator[TensorRef]: ...
+
+
+def nbytes(tensor: Lazy) -> int:
+    """The size of the tensor's bytes once written."""
+    return numel(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor inside an input file: its first element lies at byte ``offset``.
+
+    ``strides`` (in elements) is None for a contiguous row-major tensor. ``storage`` is ``(first byte, length)`` of the
+    storage that holds the view; two references with the same storage share memory in the checkpoint. The reader has
+    checked that the view lies inside its storage and the storage inside the file. ``storage_crc`` is the CRC-32 that
+    the container declares for the storage, or None where it declares none.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: InputFile
+    offset: int
+    strides: tuple[int, ...] | None = None
+    storage: tuple[int, int] = (0, 0)
+    storage_crc: int | None = None
+
+    def rows(self, start: int, stop: int) -> TensorRef:
+        """Rows ``start:stop`` of the first dimension."""
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise ValueError(f"rows {start}:{stop} of {self.shape}")
+        row = numel(self.shape[1:]) if self.strides is None else self.strides[0]
+        offset = self.offset + start * row * DTYPE_BYTES[self.dtype]
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=offset)
+
+    def pieces(self) -> Iterator[bytes]:
+        """The tensor's bytes in row-major order, at most 4 MiB at a time (a strided view: all at once)."""
+        if self.strides is not None:
+            yield self._gather()
+            return
+        left, offset = nbytes(self), self.offset
+        while left:
+            part = self.file.pread(offset, min(left, PIECE_BYTES))
+            yield part
+            offset += len(part)
+            left -= len(part)
+
+    def leaves(self) -> Iterator[TensorRef]:
+        """Itself: the only byte range this tensor is made of."""
+        yield self
+
+    def _gather(self) -> bytes:
+        import numpy as np
+
+        assert self.strides is not None
+        size = DTYPE_BYTES[self.dtype]
+        if numel(self.shape) == 0:
+            return b""
+        extent = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        raw = np.frombuffer(self.file.pread(self.offset, extent * size), dtype=f"V{size}")
+        steps = [s * size for s in self.strides]
+        return np.lib.stride_tricks.as_strided(raw, self.shape, steps, writeable=False).tobytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """Tensors concatenated along ``dim``; all other sizes and the dtype are equal."""
+
+    parts: tuple[Lazy, ...]
+    dim: int
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.parts[0].shape
+        return (*first[: self.dim], sum(p.shape[self.dim] for p in self.parts), *first[self.dim + 1 :])
+
+    def pieces(self) -> Iterator[bytes]:
+        if self.dim == 0:
+            for part in self.parts:
+                yield from part.pieces()
+            return
+        import numpy as np
+
+        raw = f"V{DTYPE_BYTES[self.dtype]}"
+        arrays = [np.frombuffer(b"".join(p.pieces()), dtype=raw).reshape(p.shape) for p in self.parts]
+        yield np.concatenate(arrays, axis=self.dim).tobytes()
+
+    def leaves(self) -> Iterator[TensorRef]:
+        for part in self.parts:
+            yield from part.leaves()
+
+
+@dataclass(frozen=True, slots=True)
+class Viewed:
+    """The same row-major bytes under another shape of the same size."""
+
+    source: Lazy
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if numel(self.shape) != numel(self.source.shape):
+            raise ValueError(f"{self.source.shape} cannot be viewed as {self.shape}")
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    def pieces(self) -> Iterator[bytes]:
+        yield from self.source.pieces()
+
+    def leaves(self) -> Iterator[TensorRef]:
+        yield from self.source.leaves()
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """``source * factor`` (a float64 product), rounded once to ``dtype``. With factor 1 it is a plain cast.
+
+    ``exact`` is true where the maker has seen that nothing is rounded.
+    """
+
+    source: Lazy
+    factor: float
+    dtype: str
+    exact: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    def pieces(self) -> Iterator[bytes]:
+        for piece in self.source.pieces():
+            yield encode(decode(piece, self.source.dtype) * self.factor, self.dtype)
+
+    def leaves(self) -> Iterator[TensorRef]:
+        yield from self.source.leaves()
+
+
+@dataclass(frozen=True, slots=True)
+class Averaged:
+    """The sum of tensors of one shape and dtype divided by ``divisor`` (in float64), rounded once to their dtype."""
+
+    parts: tuple[Lazy, ...]
+    divisor: int
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parts[0].shape
+
+    def pieces(self) -> Iterator[bytes]:
+        total = sum(read(part) for part in self.parts)
+        yield encode(total / self.divisor, self.dtype)
+
+    def leaves(self) -> Iterator[TensorRef]:
+        for part in self.parts:
+            yield from part.leaves()
+
+
+def read(tensor: Lazy) -> np.ndarray[Any, Any]:
+    """The whole tensor as float64 values, shape kept."""
+    return decode(b"".join(tensor.pieces()), tensor.dtype).reshape(tensor.shape)
+
+
+def decode(raw: bytes, dtype: str) -> np.ndarray[Any, Any]:
+    """Bytes of a floating dtype as a flat float64 array; exact for every input value."""
+    import numpy as np
+
+    if dtype == "BF16":
+        bits = np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16
+        return bits.view(np.float32).astype(np.float64)
+    return np.frombuffer(raw, dtype={"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).astype(np.float64)
+
+
+def encode(values: np.ndarray[Any, Any], dtype: str) -> bytes:
+    """Float64 values as bytes of ``dtype``, rounded once, to nearest, ties to even; NaN stays NaN."""
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype != "BF16":
+            return values.astype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).tobytes()
+        return _bf16_bits(values).tobytes()
+
+
+def _bf16_bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Float64 to bfloat16 bits. The step through float32 rounds to odd, so that the two roundings equal one."""
+    import numpy as np
+
+    single = values.astype(np.float32)
+    bits = single.view(np.uint32).copy()
+    back = single.astype(np.float64)
+    inexact = np.isfinite(values) & (back != values)
+    # Where float32 rounding moved away from zero, step back towards zero; then mark the lost part in the last bit.
+    away = inexact & (np.abs(back) > np.abs(values))
+    bits[away] -= 1
+    bits[inexact] |= 1
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    nan = np.isnan(values)
+    rounded[nan] = (bits[nan] >> 16) | 0x40
+    return rounded.astype("<u2")

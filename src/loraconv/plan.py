@@ -1,0 +1,296 @@
+"""The plan of a conversion: which files, which tensors in each, the recipe of every tensor, and what is lossy.
+
+A plan is what ``--dry-run`` prints and ``convert`` runs. Making one reads tensor data only to learn whether the scale
+can be folded without rounding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any, Literal
+
+from loraconv.adapter import Adapter, Factor
+from loraconv.errors import FormatError
+from loraconv.fold import cast, fits, folded
+from loraconv.lazy import Averaged, Joined, Lazy, Scaled, TensorRef, nbytes
+from loraconv.names import fold_names
+from loraconv.rules import Dialect, Family, fill
+from loraconv.scale import ORIGIN_KEY, Origin, Scale
+
+ScaleIn = Literal["auto", "fold", "metadata"]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor to write. ``how`` says what happens to it; ``exact`` is false where a rounding happens."""
+
+    name: str
+    tensor: Lazy
+    how: str
+    exact: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """One file of tensors, relative to the output folder; ``kind`` is ``safetensors`` or ``torch``."""
+
+    name: str
+    outputs: tuple[Output, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    kind: Literal["safetensors", "torch"] = "safetensors"
+
+    @property
+    def bytes(self) -> int:
+        """The size of the tensors (without the header)."""
+        return sum(nbytes(o.tensor) for o in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that a conversion will write. ``factors`` are the adapter's as they will stand in the output."""
+
+    dialect: Dialect
+    files: tuple[PlannedFile, ...]
+    texts: Mapping[str, str] = field(default_factory=dict)
+    factors: tuple[Factor, ...] = ()
+    notices: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        return sum(f.bytes for f in self.files) + sum(len(t) for t in self.texts.values())
+
+
+def plan_adapter(
+    adapter: Adapter, target: Dialect, family: Family, *, dtype: str | None = None, scale_in: ScaleIn = "auto"
+) -> Plan:
+    """Plan an adapter for ``target``. ``dtype`` (safetensors name) casts every factor; None keeps each as it is.
+
+    Raises :class:`FormatError` where the target cannot carry what the adapter says.
+    """
+    factors, notices = adapter.factors, list(adapter.notices)
+    if dtype is not None:
+        factors = tuple(_cast(f, dtype) for f in factors)
+    if target.every_consumer_reads_alpha:
+        factors = tuple(_unfolded(f, keep_dtype=dtype is not None) for f in factors)
+    else:
+        factors, said = _place_scale(factors, scale_in, dtype)
+        notices += said
+    if target.container == "run-folder":
+        return _plan_run(factors, target, family, tuple(notices))
+    if target.container == "peft-folder":
+        return _plan_peft(factors, target, tuple(notices))
+    return _plan_diffusers(factors, target, family, tuple(notices))
+
+
+def _cast(factor: Factor, dtype: str) -> Factor:
+    return replace(factor, down=cast(factor.down, dtype), up=cast(factor.up, dtype))
+
+
+def _place_scale(
+    factors: tuple[Factor, ...], scale_in: ScaleIn, dtype: str | None
+) -> tuple[tuple[Factor, ...], list[str]]:
+    """The factors of a file that some consumers read at scale 1: the scale goes into ``up``, or into the header."""
+    if scale_in == "auto":
+        in_header = any(f.origin is not None and not f.origin.folded for f in factors)
+        scale_in = "metadata" if in_header else "fold"
+    if scale_in == "metadata":
+        kept = tuple(replace(f, origin=f.origin or _origin(f, folded=False)) for f in factors)
+        unread = any(f.scale.exact != 1 for f in factors)
+        note = "the scale is in the header only: diffusers before 0.34 and ComfyUI will apply this LoRA at strength 1"
+        return kept, [note] if unread else []
+    exact = all(f.scale.exact is not None and fits(f.up, f.scale.exact, f.up.dtype) for f in factors)
+    if exact or dtype is not None:
+        return tuple(_folded(f, f.up.dtype) for f in factors), []
+    wide = tuple(_folded(_widened(f), "F32") for f in factors)
+    return wide, [f"folding the scale into {factors[0].up.dtype} would round it, so the factors are written in F32"]
+
+
+def _widened(factor: Factor) -> Factor:
+    origin = factor.origin or _origin(factor, folded=True)
+    return replace(factor, down=cast(factor.down, "F32"), origin=origin)
+
+
+def _folded(factor: Factor, dtype: str) -> Factor:
+    scale = factor.scale
+    up = folded(factor.up, scale.exact if scale.exact is not None else scale.value, dtype)
+    origin = factor.origin or _origin(factor, folded=True)
+    return replace(factor, up=up, origin=origin, scale=Scale(Fraction(factor.rank), factor.rank, "folded into up"))
+
+
+def _origin(factor: Factor, *, folded: bool) -> Origin:
+    return Origin(factor.scale.alpha, factor.scale.rank, factor.scale.source, factor.up.dtype, folded)
+
+
+def _unfolded(factor: Factor, *, keep_dtype: bool) -> Factor:
+    """The factor as the trainer had it, where an earlier conversion folded its scale and that can be undone exactly."""
+    origin = factor.origin
+    if origin is None or not origin.folded or factor.scale.exact != 1 or origin.rank != factor.rank:
+        return factor
+    dtype = factor.up.dtype if keep_dtype else origin.dtype
+    scale = origin.alpha / origin.rank
+    if not scale:
+        return factor
+    up = folded(factor.up, 1 / scale, dtype)
+    undone = fits(factor.down, Fraction(1), dtype) and fits(factor.up, 1 / scale, dtype, back=scale)
+    if not undone:
+        return factor
+    return replace(factor, down=cast(factor.down, dtype), up=up, scale=Scale(origin.alpha, origin.rank, origin.source))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one function a container
+
+
+def _outputs(factors: tuple[Factor, ...], target: Dialect, names: Mapping[str, str]) -> tuple[Output, ...]:
+    """The two tensors of every factor under the target's names; ``names`` maps modules to the target's spelling."""
+    made = []
+    for factor in factors:
+        module, _, part = names[factor.module].partition("#")
+        for template, tensor in ((target.down, factor.down), (target.up, factor.up)):
+            name = target.prefixes[0] + fill(template, {"module": module, "part": part})
+            made.append(Output(name, tensor, how(tensor), exact(tensor)))
+    return tuple(made)
+
+
+def how(tensor: Lazy) -> str:
+    """What a recipe does, in words for a plan."""
+    if isinstance(tensor, TensorRef):
+        return "copied"
+    if isinstance(tensor, Joined):
+        return f"joined along dimension {tensor.dim}"
+    if isinstance(tensor, Averaged):
+        return "averaged over ranks"
+    if isinstance(tensor, Scaled):
+        times = "" if tensor.factor == 1 else f"times {Fraction(tensor.factor).limit_denominator(1 << 20)}, "
+        return f"{how(tensor.source)}, {times}stored as {tensor.dtype}"
+    return "reshaped"
+
+
+def exact(tensor: Lazy) -> bool:
+    """False where the recipe rounds."""
+    if isinstance(tensor, Scaled):
+        return exact(tensor.source) and tensor.exact
+    return not isinstance(tensor, Averaged)
+
+
+def _origin_json(factors: tuple[Factor, ...]) -> dict[str, Any]:
+    """The origins by module; the most common one stands for all that do not differ."""
+    known = {f.module: f.origin or _origin(f, folded=False) for f in factors}
+    most = max(known.values(), key=list(known.values()).count)
+    own = {module: o.to_json() for module, o in known.items() if o != most}
+    return {"": most.to_json(), **own}
+
+
+def _plan_diffusers(factors: tuple[Factor, ...], target: Dialect, family: Family, notices: tuple[str, ...]) -> Plan:
+    config = {f"{family.component}.{key}": value for key, value in _lora_config(factors).items()}
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(config, sort_keys=True),
+        ORIGIN_KEY: json.dumps(_origin_json(factors), sort_keys=True),
+    }
+    outputs = _outputs(factors, target, {f.module: f.module for f in factors})
+    return Plan(target, (PlannedFile(target.file, outputs, metadata),), {}, factors, notices)
+
+
+def _plan_peft(factors: tuple[Factor, ...], target: Dialect, notices: tuple[str, ...]) -> Plan:
+    outputs = _outputs(factors, target, {f.module: f.module for f in factors})
+    config = {
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "task_type": None,
+        **_lora_config(factors),
+    }
+    metadata = {"format": "pt", ORIGIN_KEY: json.dumps(_origin_json(factors), sort_keys=True)}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return Plan(target, (PlannedFile(target.file, outputs, metadata),), {target.sidecar: text}, factors, notices)
+
+
+def _lora_config(factors: tuple[Factor, ...]) -> dict[str, Any]:
+    """The part of peft's ``LoraConfig`` that decides the mathematics: rank, alpha and their exceptions by module.
+
+    Target modules are full names, so that an adapter of some layers never touches the others.
+    """
+    ranks = {f.module: f.rank for f in factors}
+    alphas = {f.module: plain(f.scale.alpha) for f in factors}
+    rank = max(ranks.values(), key=list(ranks.values()).count)
+    alpha = max(alphas.values(), key=list(alphas.values()).count)
+    return {
+        "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
+        "lora_alpha": alpha,
+        "r": rank,
+        "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
+        "target_modules": sorted(ranks),
+        "use_rslora": factors[0].scale.rslora,
+    }
+
+
+def plain(value: Fraction) -> int | float:
+    """A fraction as JSON and YAML write it: an int where it is one, else the nearest float64."""
+    return int(value) if value.denominator == 1 else float(value)
+
+
+def _plan_run(factors: tuple[Factor, ...], target: Dialect, family: Family, notices: tuple[str, ...]) -> Plan:
+    import yaml
+
+    assert target.layout is not None
+    names = _spelled(factors, target, family)
+    rank, alpha = _single_scale(factors, target)
+    outputs = _outputs(factors, target, names)
+    settings = _nested({target.rank_at: rank, target.alpha_at: plain(alpha)})
+    settings[ORIGIN_KEY.partition(".")[0]] = {"origin": _origin_json(factors)}
+    texts = {target.layout.pointer: "1", target.sidecar: yaml.safe_dump(settings, sort_keys=True)}
+    file = PlannedFile(f"1/{target.file}", outputs, kind="torch")
+    return Plan(target, (file,), texts, factors, notices)
+
+
+def _spelled(factors: tuple[Factor, ...], target: Dialect, family: Family) -> dict[str, str]:
+    """Module -> the trainer's ``module#part``; raises :class:`FormatError` for modules the target cannot adapt."""
+    spelling = family.spellings[target.spelling]
+    found = {f.module: spelling.find_part(f.module) for f in factors}
+    foreign = [m for m, where in found.items() if where is None or not spelling.can_adapt(where[0])]
+    if foreign:
+        raise FormatError(
+            f"{target.name} cannot carry {len(foreign)} of the adapter's modules",
+            where="; ".join(fold_names(foreign)[:4]),
+            why=f"it adapts {' and '.join(spelling.adapts)} only",
+            hint="convert to diffusers or peft instead: --to peft",
+            slug="cannot-carry",
+        )
+    return {m: f"{where[0]}#{where[1]}" for m, where in found.items() if where is not None}
+
+
+def _single_scale(factors: tuple[Factor, ...], target: Dialect) -> tuple[int, Fraction]:
+    """The one rank and alpha of all factors; raises :class:`FormatError` where there are several, or rsLoRA."""
+    kinds = {(f.rank, f.scale.exact) for f in factors}
+    if len(kinds) > 1 or factors[0].scale.exact is None:
+        raise FormatError(
+            f"{target.name} cannot carry this adapter's scales",
+            why=f"it has one rank and one alpha for all modules; this adapter has {len(kinds)} combinations"
+            if len(kinds) > 1
+            else "it has no rsLoRA, and alpha / sqrt(rank) is irrational here",
+            hint="convert to diffusers or peft instead: --to peft",
+            slug="cannot-carry",
+        )
+    rank, scale = kinds.pop()
+    assert scale is not None
+    return rank, scale * rank
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted paths as nested mappings."""
+    root: dict[str, Any] = {}
+    for path, value in values.items():
+        *steps, last = path.split(".")
+        place = root
+        for step in steps:
+            place = place.setdefault(step, {})
+        place[last] = value
+    return root

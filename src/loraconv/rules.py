@@ -1,0 +1,348 @@
+"""What a format table is made of: templates, dialects, families and the few kinds of rule they use.
+
+Tables are data. A template spells numbers as ``{i}`` and is anchored at both ends, so each rule reads the same way in
+both directions. Every object checks itself when it is made: a table that loses a field or names a part twice fails at
+import, not on a user's file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+_FIELD = re.compile(r"\{(\w+)\}")
+_NUMBER = r"(?:0|[1-9][0-9]*)"
+
+
+@lru_cache(maxsize=4096)
+def _pattern(template: str) -> re.Pattern[str]:
+    """The anchored pattern of a template; ``{module}`` and ``{param}`` stand for dotted names, others for a number."""
+    out, at = [], 0
+    for match in _FIELD.finditer(template):
+        out.append(re.escape(template[at : match.start()]))
+        word = match.group(1)
+        inside = {"module": ".+", "param": r"[^.]+"}.get(word, _NUMBER)
+        out.append(f"(?P<{word}>{inside})")
+        at = match.end()
+    out.append(re.escape(template[at:]))
+    return re.compile("".join(out), re.DOTALL)
+
+
+def match(template: str, name: str) -> dict[str, str] | None:
+    """The fields of ``name`` under ``template``, or None if it does not match as a whole."""
+    found = _pattern(template).fullmatch(name)
+    return found.groupdict() if found else None
+
+
+def fill(template: str, fields: Mapping[str, str]) -> str:
+    """``template`` with its fields filled in; the inverse of :func:`match`."""
+    return _FIELD.sub(lambda m: fields[m.group(1)], template)
+
+
+def _fields(template: str) -> set[str]:
+    return set(_FIELD.findall(template))
+
+
+#: How model parallelism splits a module: ``rows`` splits weight, bias and up along dimension 0 (a column-parallel
+#: linear layer), ``columns`` splits weight and down along dimension 1 (a row-parallel one), ``whole`` copies it.
+Parallel = Literal["whole", "rows", "columns"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """One module under another name. With ``when``, it is kept only if that configuration value is true."""
+
+    there: str
+    here: str
+    parallel: Parallel = "whole"
+    when: str = ""
+
+    def __post_init__(self) -> None:
+        if _fields(self.there) != _fields(self.here):
+            raise ValueError(f"{self.there} and {self.here} do not have the same fields")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.here,)
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """One module whose output rows are several modules, one after another (q, k and v).
+
+    An adapter keeps one pair of factors a part, so parts may have unequal rows; a weight is cut into equal parts
+    unless the adapter of the same module says otherwise.
+    """
+
+    there: str
+    here: tuple[str, ...]
+    parallel: Parallel = "whole"
+
+    def __post_init__(self) -> None:
+        if len(set(self.here)) != len(self.here) or any(_fields(h) != _fields(self.there) for h in self.here):
+            raise ValueError(f"{self.there}: the parts {self.here} repeat or do not have the same fields")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return self.here
+
+
+@dataclass(frozen=True, slots=True)
+class Regrouped:
+    """One module cut into equal chunks of rows, which are dealt out to several modules in another order."""
+
+    there: str
+    here: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        dealt = [n for chunks in self.here.values() for n in chunks]
+        if sorted(dealt) != list(range(len(dealt))):
+            raise ValueError(f"{self.there}: chunks {sorted(dealt)} are not each dealt out once")
+        if any(_fields(h) != _fields(self.there) for h in self.here):
+            raise ValueError(f"{self.there}: a target does not have the same fields")
+
+    @property
+    def chunks(self) -> int:
+        return sum(len(c) for c in self.here.values())
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(self.here)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A patch projection that some trainers store flat, ``(out, C*p*p)``, and diffusers as a kernel ``(out, C, p, p)``.
+
+    ``size`` and ``flat_if`` name configuration values: the patch size, and one that is set when diffusers keeps the
+    weight flat too.
+    """
+
+    there: str
+    here: str
+    size: str
+    flat_if: str
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.here,)
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A tensor (full name) that the target model does not have; ``why`` goes into the ledger."""
+
+    there: str
+    why: str
+
+
+Rule = Rename | Fused | Regrouped | Kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """How one trainer names the modules of a family: the rules to diffusers names, and what has no counterpart.
+
+    ``adapts`` lists the trainer's modules (templates) that its LoRA can be put on.
+    """
+
+    rules: tuple[Rule, ...]
+    dropped: tuple[Dropped, ...] = ()
+    adapts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        heres = [h for rule in self.rules for h in rule.targets]
+        theres = [rule.there for rule in self.rules]
+        strange = set(self.adapts) - set(theres)
+        if strange:
+            raise ValueError(f"adapts names modules without a rule: {sorted(strange)}")
+        for names in (heres, theres):
+            twice = {n for n in names if names.count(n) > 1}
+            if twice:
+                raise ValueError(f"ambiguous table: {sorted(twice)} more than once")
+
+    def find(self, module: str) -> tuple[Rule, dict[str, str]] | None:
+        """The rule for a trainer's module name, with the fields of the match."""
+        for rule in self.rules:
+            fields = match(rule.there, module)
+            if fields is not None:
+                return rule, fields
+        return None
+
+    def find_part(self, here: str) -> tuple[str, int] | None:
+        """The trainer's module and part number for a diffusers module name: the table read the other way."""
+        for rule in self.rules:
+            for part, template in enumerate(rule.targets):
+                fields = match(template, here)
+                if fields is not None:
+                    return fill(rule.there, fields), part
+        return None
+
+    def can_adapt(self, module: str) -> bool:
+        """True if the trainer's LoRA can be put on this module (its own name)."""
+        return any(match(template, module) is not None for template in self.adapts)
+
+    def drops(self, name: str) -> str:
+        """Why a tensor of this full name has no counterpart; empty if it has one."""
+        return next((d.why for d in self.dropped if match(d.there, name) is not None), "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configuration: how each value of a model's config.json follows from tensors and from the trainer's own settings
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """The product of some dimensions of a tensor, divided by configuration values that are already known.
+
+    ``name`` is the trainer's full tensor name. ``dims`` empty means all of them. A divisor whose value is None counts
+    as 1. A result equal to ``none_if`` is written as null.
+    """
+
+    name: str
+    dims: tuple[int, ...] = ()
+    over: tuple[str, ...] = ()
+    none_if: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """How many layers the tensors show: the numbers that ``{i}`` takes in this template, which must be 0, 1, 2, ..."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Has:
+    """True if every tensor of ``every`` is there, and at least one of ``any_of`` if that is not empty."""
+
+    every: tuple[str, ...] = ()
+    any_of: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class By:
+    """A default that depends on another configuration value: ``cases[value]``."""
+
+    key: str
+    cases: Mapping[object, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One entry of a model's ``config.json``.
+
+    ``tensors`` is how the tensors tell it, ``sidecar`` the path of the trainer's own setting (from the root of its
+    file), ``default`` the value of the released models. Tensors come first; a sidecar that contradicts them is an
+    error. ``last`` takes the last element where the sidecar holds a list.
+    """
+
+    key: str
+    default: object = None
+    tensors: Size | Layers | Has | None = None
+    sidecar: str = ""
+    last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A released model: what its configuration always has (``layout``), and what tells its exact size (``size``)."""
+
+    title: str
+    layout: Mapping[str, object]
+    size: Mapping[str, object]
+    hub: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A model family: its diffusers class, the trainers' spellings of it, and how its configuration is told.
+
+    ``component`` is the pipeline part that adapters belong to (the prefix in diffusers files). ``releases`` goes from
+    the most to the least specific. ``positions`` names a tensor ``(1, text + frames * rows * columns, hidden)`` that
+    must agree with the sample size in the configuration.
+    """
+
+    name: str
+    title: str
+    model_class: str
+    component: str
+    spellings: Mapping[str, Spelling]
+    settings: tuple[Setting, ...]
+    releases: tuple[Release, ...]
+    positions: str = ""
+
+    def knows(self, module: str) -> bool:
+        """True if ``module`` (diffusers name) is one that some spelling of the family has."""
+        return any(s.find_part(module) for s in self.spellings.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dialects: how a trainer spells factors, where it keeps alpha, and how its files lie on disk
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """Tensors of another model in the same checkpoint: a prefix, and what it is."""
+
+    prefix: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLayout:
+    """A folder of torch files, one a model-parallel rank, as a trainer leaves it.
+
+    ``{rank}`` in ``shard`` and ``partial`` is the rank's number; ``partial`` files hold one data-parallel rank's part
+    of each tensor and spell keys with ``partial_prefix`` in front. ``sidecar`` is looked for in the iteration folder
+    and its parent.
+    """
+
+    pointer: str
+    shard: str
+    partial: str
+    partial_prefix: str
+    sidecar: str
+    root: tuple[str, ...]
+    world_size: str
+    trained: str
+
+
+Container = Literal["run-folder", "safetensors-file", "peft-folder"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """How one tool spells an adapter. Templates use ``{module}``, ``{param}``, ``{part}`` (a number).
+
+    ``prefixes`` is what stands before module names, the first being the one that is written. ``spelling`` names the
+    family's spelling, empty for diffusers' own names. ``frozen`` spells the untouched weight of an adapted module.
+    ``sidecar`` is the settings file beside the weights; ``alpha_at``, ``rank_at``, ``range_at`` are paths into it. ``default_alpha`` is the documented convention where no
+    file says alpha: a number, ``"rank"``, or None for unknown. ``every_consumer_reads_alpha`` is false where some
+    consumer of the format applies scale 1 whatever the file says, so that the scale has to be folded into ``up``.
+    """
+
+    name: str
+    title: str
+    container: Container
+    file: str
+    down: str
+    up: str
+    prefixes: tuple[str, ...]
+    spelling: str = ""
+    frozen: str = ""
+    foreign: tuple[Foreign, ...] = ()
+    layout: RunLayout | None = None
+    sidecar: str = ""
+    rank_at: str = ""
+    alpha_at: str = ""
+    range_at: str = ""
+    default_alpha: int | Literal["rank"] | None = None
+    default_why: str = ""
+    every_consumer_reads_alpha: bool = True
+    carries: tuple[str, ...] = ()
+    cannot_carry: tuple[str, ...] = ()
+    facts: str = ""

@@ -1,0 +1,219 @@
+"""The truth about an adapter's scale: a value with a source, per module, exact until a writer needs a float.
+
+Sources in order: the caller's own value, the sidecar, the file's header, the format's documented convention. Two that
+disagree are both reported; a rank that contradicts a tensor's shape is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from loraconv.detect import Detected
+from loraconv.errors import CorruptCheckpoint, FormatError
+from loraconv.io.sidecar import at, parse_json
+from loraconv.names import printable
+from loraconv.source import Source
+
+#: The header in which loraconv keeps what the trainer said, from which the way back is exact.
+ORIGIN_KEY = "loraconv.origin"
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora``, and where alpha was found."""
+
+    alpha: Fraction
+    rank: int
+    source: str
+    rslora: bool = False
+
+    @property
+    def exact(self) -> Fraction | None:
+        """The scale as a fraction; None where rsLoRA makes it irrational."""
+        if not self.rslora:
+            return self.alpha / self.rank
+        root = math.isqrt(self.rank)
+        return self.alpha / root if root * root == self.rank else None
+
+    @property
+    def value(self) -> float:
+        """The scale as the nearest float64 (as the trainer's own division gives it)."""
+        exact = self.exact
+        return float(exact) if exact is not None else float(self.alpha) / math.sqrt(self.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What the trainer said before loraconv folded the scale into ``up``: written into the header, read back."""
+
+    alpha: Fraction
+    rank: int
+    source: str
+    dtype: str
+    folded: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "alpha": str(self.alpha),
+            "dtype": self.dtype,
+            "folded": self.folded,
+            "rank": self.rank,
+            "source": self.source,
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> Origin:
+        return cls(Fraction(value["alpha"]), int(value["rank"]), str(value["source"]), str(value["dtype"]), bool(value["folded"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One place that says alpha (and perhaps rank) for a module; ``None`` where it does not."""
+
+    where: str
+    alpha: Fraction | None
+    rank: int | None
+    rslora: bool = False
+
+
+def number(value: Any, where: str) -> Fraction:
+    """A finite number as an exact fraction; raises :class:`CorruptCheckpoint` for anything else."""
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not fine:
+        raise CorruptCheckpoint(
+            f"alpha is not a number: {printable(repr(value), 60)}", where=where, hint="pass the right one: --alpha A"
+        )
+    return Fraction(value)
+
+
+def find_scales(
+    source: Source, detected: Detected, ranks: dict[str, int], alpha: Fraction | None, strict: bool
+) -> tuple[dict[str, Scale], list[str]]:
+    """A :class:`Scale` for each module (diffusers names) and the notices that go with them.
+
+    ``ranks`` holds each module's rank as its tensors show it. Raises :class:`FormatError` where a declared rank
+    contradicts a tensor, where nothing says alpha, or, with ``strict``, where only a convention does.
+    """
+    scales: dict[str, Scale] = {}
+    notices: dict[str, None] = {}
+    claims_of = _claims(source, detected)
+    for module, rank in ranks.items():
+        claims = claims_of(module)
+        _check_ranks(source, module, rank, claims)
+        said = [c for c in claims if c.alpha is not None]
+        values = {c.alpha for c in said} | ({alpha} if alpha is not None else set())
+        if len(values) > 1:
+            told = [f"{c.where} says {c.alpha}" for c in said]
+            taken = "--alpha" if alpha is not None else said[0].where
+            notices[f"alpha: {'; '.join(told)}; {taken} was taken"] = None
+        if alpha is not None:
+            scales[module] = Scale(alpha, rank, "--alpha", any(c.rslora for c in claims))
+        elif said:
+            first = said[0]
+            assert first.alpha is not None
+            scales[module] = Scale(first.alpha, rank, first.where, first.rslora)
+        else:
+            scales[module] = _by_convention(source, detected, rank, strict, notices)
+    return scales, list(notices)
+
+
+def _check_ranks(source: Source, module: str, rank: int, claims: list[Claim]) -> None:
+    for claim in claims:
+        if claim.rank is not None and claim.rank != rank:
+            raise FormatError(
+                f"the declared rank contradicts the tensors: {claim.where} says {claim.rank}, the tensors say {rank}",
+                where=f"{printable(str(source.path))}, {printable(module)}",
+                why="the settings file belongs to another run, or the checkpoint was changed after training",
+                hint="put the settings file of this very run beside the checkpoint, or move it away and pass --alpha",
+                slug="rank-contradiction",
+            )
+
+
+def _by_convention(source: Source, detected: Detected, rank: int, strict: bool, notices: dict[str, None]) -> Scale:
+    dialect = detected.dialect
+    if dialect.default_alpha is None or strict:
+        raise FormatError(
+            f"nothing says alpha for {printable(str(source.path))}",
+            why=dialect.default_why or f"a {dialect.name} adapter has it in {dialect.sidecar}, which was not found",
+            hint="pass the alpha it was trained with: --alpha A (scale = A / rank)",
+            slug="alpha-unknown",
+        )
+    alpha = rank if dialect.default_alpha == "rank" else dialect.default_alpha
+    looked = f"{source.config_path.name} does not set it" if source.config_path else "no settings file was found"
+    if dialect.sidecar:
+        notices[f"alpha: {looked}; {dialect.default_why}. If that is wrong, pass --alpha"] = None
+    else:
+        notices[f"alpha: the file says none; {dialect.default_why}. If that is wrong, pass --alpha"] = None
+    return Scale(Fraction(alpha), rank, f"{dialect.name} default")
+
+
+def _claims(source: Source, detected: Detected) -> Any:
+    """A function from a module name to what each place says about it, best place first."""
+    places = [p for p in (_sidecar_claims(source, detected), *_header_claims(source, detected)) if p is not None]
+    return lambda module: [claim for place in places if (claim := place(module)) is not None]
+
+
+def _sidecar_claims(source: Source, detected: Detected) -> Any:
+    dialect, config = detected.dialect, source.config
+    if config is None or source.config_path is None or not dialect.alpha_at:
+        return None
+    where = source.config_path.name
+    alpha, rank = at(config, dialect.alpha_at), at(config, dialect.rank_at)
+    return _peft_claims(where, config, alpha, rank)
+
+
+def _header_claims(source: Source, detected: Detected) -> list[Any]:
+    """diffusers' ``lora_adapter_metadata`` (0.34 and later) and finetrainers' ``lora_config``."""
+    found = []
+    for key in ("lora_adapter_metadata", "lora_config"):
+        text = source.metadata.get(key)
+        if text is None:
+            continue
+        config = parse_json(text, f"{printable(str(source.path))}, header key {key}")
+        prefix = f"{detected.family.component}."
+        if key == "lora_adapter_metadata" and isinstance(config, dict) and any(k.startswith(prefix) for k in config):
+            config = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+        if isinstance(config, dict):
+            found.append(_peft_claims(f"header {key}", config, config.get("lora_alpha"), config.get("r")))
+    return found
+
+
+def _peft_claims(where: str, config: dict[str, Any], alpha: Any, rank: Any) -> Any:
+    """peft's rule: one alpha and rank, exceptions by module name or its end in the two patterns."""
+    alphas, ranks = config.get("alpha_pattern") or {}, config.get("rank_pattern") or {}
+    rslora = config.get("use_rslora") is True
+
+    def claim(module: str) -> Claim:
+        own_alpha, own_rank = _pattern(alphas, module, alpha), _pattern(ranks, module, rank)
+        if own_rank is not None and (type(own_rank) is not int or own_rank <= 0):
+            raise CorruptCheckpoint(f"rank is not a positive integer: {printable(repr(own_rank), 60)}", where=where)
+        told = None if own_alpha is None else number(own_alpha, where)
+        return Claim(where, told, own_rank, rslora)
+
+    return claim
+
+
+def _pattern(patterns: Any, module: str, default: Any) -> Any:
+    if not isinstance(patterns, dict):
+        return default
+    for name, value in patterns.items():
+        if module == name or module.endswith("." + name):
+            return value
+    return default
+
+
+def origins(source: Source) -> dict[str, Origin]:
+    """What an earlier conversion recorded, by module (``""`` for all others); empty if none, or if it is malformed.
+
+    It stands in a safetensors header as JSON text, in a trainer's settings file as a mapping.
+    """
+    value: Any = at(source.config, ORIGIN_KEY)
+    if ORIGIN_KEY in source.metadata:
+        value = parse_json(source.metadata[ORIGIN_KEY], f"{printable(str(source.path))}, header key {ORIGIN_KEY}")
+    try:
+        return {} if value is None else {str(module): Origin.from_json(entry) for module, entry in value.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
+        return {}

@@ -1,0 +1,261 @@
+"""A checkpoint opened for reading: its container, its tensors by name for each rank, and everything else it holds.
+
+Opening reads structure only. Nothing here decides what the names mean; see ``detect``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError, UsageError
+from loraconv.io import safetensors_read, sidecar, torch_read
+from loraconv.io.input_file import InputFile
+from loraconv.io.run_folder import RunFiles, check_ranks, find_run
+from loraconv.lazy import TensorRef, nbytes
+from loraconv.names import numel, printable
+from loraconv.registry import dialects
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """Something in the checkpoint besides the model's tensors: its name, kind, tensor count and bytes."""
+
+    name: str
+    kind: str
+    tensors: int = 0
+    bytes: int = 0
+
+
+@dataclass(slots=True)
+class Source:
+    """An opened checkpoint. ``ranks`` maps names to tensors, one map a model-parallel rank (usually one).
+
+    ``incomplete`` names tensors of which the checkpoint holds only a part. ``trained`` is the set of names that the
+    trainer says it trained, or None where the container does not tell. ``config`` is the parsed sidecar.
+    """
+
+    path: Path
+    container: str
+    ranks: list[dict[str, TensorRef]]
+    files: list[InputFile]
+    metadata: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+    config_path: Path | None = None
+    extras: list[Extra] = field(default_factory=list)
+    trained: frozenset[str] | None = None
+    incomplete: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> dict[str, TensorRef]:
+        """The tensors of the first rank."""
+        return self.ranks[0]
+
+    @property
+    def bytes(self) -> int:
+        """The size of all files on disk."""
+        return sum(f.size for f in self.files)
+
+    def check_unchanged(self) -> None:
+        """Raise :class:`CorruptCheckpoint` if any input file changed since it was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
+
+@contextmanager
+def open_source(path: str | Path) -> Iterator[Source]:
+    """Open a checkpoint file or folder; the files are closed at the end of the block.
+
+    Raises :class:`UsageError` (not there, unreadable), :class:`FormatError` (not a checkpoint, ranks missing),
+    :class:`CorruptCheckpoint` and :class:`UnsafeCheckpoint`.
+    """
+    path = Path(path)
+    with ExitStack() as stack:
+        yield _open_folder(path, stack) if path.is_dir() else _open_file(path, stack)
+
+
+def _open_folder(path: Path, stack: ExitStack) -> Source:
+    found: dict[Path, RunFiles | None] = {}
+    for dialect in dialects():
+        if dialect.layout is not None:
+            run = find_run(path, dialect.layout)
+            if run is not None:
+                found[run.files[0]] = run
+        elif (file := _weights(path, dialect.file)) is not None:
+            found[file] = None
+    if len(found) > 1:
+        raise UsageError(
+            f"{printable(str(path))} holds more than one checkpoint",
+            why=", ".join(printable(file.name) for file in found),
+            hint="pass the file or sub-folder that is meant",
+            slug="source-ambiguous",
+        )
+    if not found:
+        raise _nothing_in(path)
+    ((file, run),) = found.items()
+    return _open_file(file, stack) if run is None else _open_run(path, run, stack)
+
+
+def _weights(folder: Path, name: str) -> Path | None:
+    """The weights file of this name in ``folder``, also under its older pickled name (``.bin``)."""
+    candidates = (folder / name, (folder / name).with_suffix(".bin"))
+    return next((c for c in candidates if c.is_file()), None)
+
+
+def _nothing_in(path: Path) -> LoraconvError:
+    try:
+        names = sorted(p.name for p in path.iterdir())
+    except OSError as error:
+        return UsageError(f"cannot list {printable(str(path))}", why=str(error), slug="unreadable")
+    inside = [n for n in names if (path / n).is_dir()]
+    weights = [n for n in names if n.endswith(_WEIGHT_SUFFIXES)]
+    hint = "loraconv formats"
+    if weights or inside:
+        hint = f"loraconv inspect {printable(str(path / (weights or inside)[-1]))}"
+    shown = ", ".join(printable(n, 60) for n in names[:6]) + (", ..." if len(names) > 6 else "")
+    return FormatError(
+        f"no checkpoint found in {printable(str(path))}",
+        why=f"it holds {shown}" if names else "the folder is empty",
+        hint=hint,
+        slug="no-checkpoint",
+    )
+
+
+def _open_file(path: Path, stack: ExitStack) -> Source:
+    file = stack.enter_context(InputFile(path))
+    if torch_read.sniff(file) == "safetensors":
+        header = safetensors_read.read_safetensors(file)
+        source = Source(path, "safetensors file", [header.tensors], [file], metadata=header.metadata)
+        _add_sidecar(source, path)
+        return source
+    layouts = [d.layout for d in dialects() if d.layout is not None]
+    runs = [run for layout in layouts if (run := find_run(path, layout)) is not None]
+    # A file under another name is taken alone; the layouts differ in names only, so the first one fits.
+    return _open_run(path, next((r for r in runs if r.named), runs[0]), stack)
+
+
+def _add_sidecar(source: Source, file: Path) -> None:
+    for dialect in dialects():
+        beside = file.with_name(dialect.sidecar) if dialect.sidecar else None
+        if beside is not None and file.stem == Path(dialect.file).stem and beside.is_file():
+            source.config, source.config_path = sidecar.read_json(beside), beside
+
+
+def _open_run(path: Path, run: RunFiles, stack: ExitStack) -> Source:
+    files = [stack.enter_context(InputFile(p)) for p in run.files]
+    roots = [torch_read.read_torch(file) for file in files]
+    container = "torch file" if len(files) == 1 and path == run.files[0] else "run folder"
+    source = Source(path, container, [], files, notices=list(run.notices))
+    for file, root in zip(files, roots, strict=True):
+        if not isinstance(root, dict):
+            raise _not_a_state_dict(file, type(root).__name__)
+        _add_rank(source, file, root, run)
+    _check_world(source, roots, run)
+    if run.sidecar is not None:
+        source.config, source.config_path = sidecar.read_yaml(run.sidecar), run.sidecar
+    else:
+        _add_sidecar(source, run.files[0])
+    return source
+
+
+def _add_rank(source: Source, file: InputFile, root: dict[Any, Any], run: RunFiles) -> None:
+    key = next((k for k in run.layout.root if isinstance(root.get(k), dict)), None)
+    state = root if key is None else root[key]
+    tensors: dict[str, TensorRef] = {}
+    for name, value in state.items():
+        tensor = _whole(source, run, str(name), value)
+        if tensor is not None:
+            name = str(name).removeprefix(run.layout.partial_prefix) if run.partial else str(name)
+            tensors[name] = replace(tensor, name=name)
+        elif not source.ranks:
+            source.extras.append(_extra(str(name), value))
+    if not tensors and not source.incomplete:
+        raise _not_a_state_dict(file, "a dictionary without tensors")
+    if not source.ranks and key is not None:
+        source.extras += [_extra(str(k), v) for k, v in root.items() if k != key]
+        source.trained = _trained(root.get(run.layout.trained))
+    source.ranks.append(tensors)
+
+
+def _whole(source: Source, run: RunFiles, name: str, value: Any) -> TensorRef | None:
+    """The tensor that ``value`` stands for; a data-parallel part is accepted only where it is the whole tensor."""
+    if isinstance(value, TensorRef):
+        return value
+    if not isinstance(value, torch_read.TaggedTensor):
+        return None
+    shape = value.state.get("ds_shape")
+    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+        return value.tensor
+    if numel(shape) != numel(value.tensor.shape) or value.tensor.strides is not None:
+        source.incomplete.append(name.removeprefix(run.layout.partial_prefix))
+        return None
+    return replace(value.tensor, shape=shape)
+
+
+def _extra(name: str, value: Any) -> Extra:
+    found = list(_tensors_in(value))
+    kind = value.kind if isinstance(value, torch_read.Opaque) else type(value).__name__
+    if found:
+        kind = "tensors"
+    return Extra(printable(name), kind, len(found), sum(nbytes(t) for t in found))
+
+
+def _tensors_in(value: Any) -> Iterator[TensorRef]:
+    """Every tensor inside nested containers (without recursion: the nesting is the file's choice)."""
+    stack, seen = [value], set()
+    while stack:
+        item = stack.pop()
+        if isinstance(item, TensorRef):
+            yield item
+        elif isinstance(item, torch_read.TaggedTensor):
+            yield item.tensor
+        elif isinstance(item, dict | list | tuple | set) and id(item) not in seen:
+            seen.add(id(item))
+            stack.extend(item.values() if isinstance(item, dict) else item)
+
+
+def _trained(value: Any) -> frozenset[str] | None:
+    if not isinstance(value, list) or not all(isinstance(group, dict) for group in value):
+        return None
+    return frozenset(str(name) for group in value for name in group)
+
+
+def _check_world(source: Source, roots: list[Any], run: RunFiles) -> None:
+    worlds = {root.get(run.layout.world_size) for root in roots} - {None}
+    if run.partial or not worlds:
+        return
+    where = printable(str(run.files[0].parent))
+    if len(worlds) > 1:
+        raise CorruptCheckpoint(
+            f"the rank files in {where} belong to different runs",
+            why=f"they say {run.layout.world_size} = {', '.join(sorted(map(str, worlds)))}",
+            hint="copy the rank files of one iteration of one run into a folder of their own",
+            slug="rank-mixed",
+        )
+    world = worlds.pop()
+    if type(world) is int and not 1 <= world <= 4096:
+        raise CorruptCheckpoint(f"{where}: {run.layout.world_size} is {world}", slug="rank-count")
+    if type(world) is int and world < len(source.ranks):
+        raise CorruptCheckpoint(
+            f"{where} holds more rank files than the run had",
+            why=f"{len(source.ranks)} files, {run.layout.world_size} is {world}",
+            hint="move the files that do not belong to this run away",
+            slug="rank-extra",
+        )
+    if type(world) is int:
+        check_ranks(where, list(range(len(source.ranks))), world)
+
+
+def _not_a_state_dict(file: InputFile, what: str) -> FormatError:
+    return FormatError(
+        f"{file.shown} holds no state dict",
+        why=f"its content is {what}",
+        hint="pass the checkpoint that the trainer saved (mp_rank_00_model_states.pt of a SAT run)",
+        slug="no-state-dict",
+    )

@@ -1,0 +1,105 @@
+"""The proof of a converted adapter: every module there, every factor the same number, every control caught."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loraconv.lazy import Lazy
+from loraconv.names import fold_names
+from loraconv.verify.controls import adapter_controls
+from loraconv.verify.numbers import Held, Outcome, Pair, compare, same_bytes
+from loraconv.verify.proof import Check, Proof
+
+Pairs = Mapping[str, Pair]
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What the output must be: the source's pairs, and the dtype of both factors of each module."""
+
+    pairs: Pairs
+    dtypes: Mapping[str, tuple[str, str]]
+
+
+def prove_adapter(expected: Expectation, stored: Pairs, *, scale_ignored: bool) -> Proof:
+    """Compare every module of ``stored`` (what is on disk) with the source.
+
+    ``scale_ignored`` says that some consumer reads the file at scale 1, so that the stored scales must be 1.
+    """
+    checks = check_adapter(expected, stored)
+    if scale_ignored and checks[0].passed:
+        checks.append(_unread_scale(stored))
+    return Proof("adapter", tuple(checks), adapter_controls(expected, stored, _first_failure))
+
+
+def check_adapter(expected: Expectation, stored: Pairs) -> list[Check]:
+    """L0 names and shapes, L1 bytes of what is only renamed, L2 the delta of every module."""
+    names = _names(expected, stored)
+    if not names.passed:
+        return [names]
+    copied, moved = _copied_bytes(expected.pairs, stored)
+    outcomes = {module: compare(pair, stored[module]) for module, pair in expected.pairs.items()}
+    return [names, copied, _delta(outcomes, moved)]
+
+
+def _first_failure(expected: Expectation, stored: Pairs) -> str:
+    """The first check that a set of pairs fails, or an empty string: what a control has to provoke."""
+    return next((f"{c.level} {c.name}" for c in check_adapter(expected, stored) if not c.passed), "")
+
+
+def _names(expected: Expectation, stored: Pairs) -> Check:
+    wrong = sorted(set(expected.pairs) ^ set(stored))
+    for module in set(expected.pairs) & set(stored):
+        pair = stored[module]
+        dtypes = (pair.down.dtype, pair.up.dtype)
+        if pair.shape != expected.pairs[module].shape or dtypes != expected.dtypes[module]:
+            wrong.append(module)
+    detail = f"missing, unexpected or of another shape: {'; '.join(fold_names(wrong)[:4])}" if wrong else ""
+    return Check("L0", "every module, shape and dtype", not wrong, len(expected.pairs), detail=detail)
+
+
+def _copied_bytes(expected: Pairs, stored: Pairs) -> tuple[Check, int]:
+    """Factors that keep dtype and scale must be the same bytes. Returns also how many were rescaled or cast."""
+    count = moved = 0
+    wrong = []
+    for module, pair in expected.items():
+        other = stored[module]
+        sides: list[tuple[str, object, object]] = [("down", pair.down, other.down)]
+        if pair.scale == other.scale:
+            sides.append(("up", pair.up, other.up))
+        for side, one, two in sides:
+            if isinstance(one, Held) or isinstance(two, Held) or _dtype(one) != _dtype(two):
+                continue
+            count += 1
+            if not same_bytes(_lazy(one), _lazy(two)):
+                wrong.append(f"{module}.{side}")
+        moved += 2 - len(sides)
+    detail = f"other bytes in {'; '.join(fold_names(wrong)[:4])}" if wrong else ""
+    return Check("L1", "bytes of factors that are only renamed", not wrong, count, detail=detail), moved
+
+
+def _dtype(tensor: object) -> str:
+    return str(getattr(tensor, "dtype", ""))
+
+
+def _lazy(tensor: object) -> Lazy:
+    assert hasattr(tensor, "pieces")
+    return tensor
+
+
+def _delta(outcomes: Mapping[str, Outcome], moved: int) -> Check:
+    wrong = [module for module, outcome in outcomes.items() if not outcome.within]
+    error = max((o.error for o in outcomes.values()), default=0.0)
+    bound = max((o.bound for o in outcomes.values()), default=0.0)
+    equal = sum(o.equal for o in outcomes.values())
+    detail = f"{equal} of {len(outcomes)} equal number for number ({moved} with the scale folded in)"
+    if wrong:
+        detail = f"another delta in {'; '.join(fold_names(wrong)[:4])}"
+    return Check("L2", "delta of every module in float64", not wrong, len(outcomes), error, bound, detail)
+
+
+def _unread_scale(stored: Pairs) -> Check:
+    wrong = [module for module, pair in stored.items() if pair.scale != 1]
+    detail = f"consumers that ignore the header would apply another strength to {len(wrong)} modules" if wrong else ""
+    return Check("L2", "same strength where the header is not read", not wrong, len(stored), detail=detail)

@@ -1,0 +1,108 @@
+"""Deliberate mistakes. A proof is only worth something if each of them, made in its output, fails it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from loraconv.verify.numbers import Held, Pair, Tensor, coarse, values
+from loraconv.verify.proof import Control
+
+if TYPE_CHECKING:
+    from loraconv.verify.adapter import Expectation
+
+Pairs = Mapping[str, Pair]
+Judge = Callable[["Expectation", Pairs], str]
+
+
+def adapter_controls(expected: Expectation, stored: Pairs, judge: Judge) -> tuple[Control, ...]:
+    """Make each mistake in a few modules of the stored adapter and let ``judge`` name the check that fails.
+
+    A mistake that leaves every number as it is (twice zero) cannot be caught and is recorded as such.
+    """
+    controls = []
+    for name, spoilt in _mistakes(stored):
+        if not spoilt:
+            controls.append(Control(name, None, "this adapter has no place for it"))
+            continue
+        touched = [m for m in spoilt.before if m in expected.pairs]
+        part = replace(
+            expected,
+            pairs={m: expected.pairs[m] for m in touched},
+            dtypes={m: expected.dtypes[m] for m in touched},
+        )
+        failed = judge(part, spoilt.after)
+        if failed:
+            controls.append(Control(name, True, failed))
+        elif _changes_nothing(spoilt):
+            controls.append(Control(name, None, "it changes no number here"))
+        else:
+            controls.append(Control(name, False, ""))
+    return tuple(controls)
+
+
+class Spoilt:
+    """A few modules of an adapter before and after a mistake."""
+
+    def __init__(self, before: dict[str, Pair], after: dict[str, Pair]) -> None:
+        self.before, self.after = before, after
+
+
+def _changes_nothing(spoilt: Spoilt) -> bool:
+    import numpy as np
+
+    if set(spoilt.before) != set(spoilt.after):
+        return False
+    for module, pair in spoilt.before.items():
+        other = spoilt.after[module]
+        if pair.shape != other.shape:
+            return False
+        one, two = values(pair.up) * float(pair.scale), values(other.up) * float(other.scale)
+        if not (np.array_equal(one, two, equal_nan=True) and np.array_equal(values(pair.down), values(other.down), equal_nan=True)):
+            return False
+    return True
+
+
+def _mistakes(stored: Pairs) -> Iterator[tuple[str, Spoilt | None]]:
+    first = next(iter(stored))
+    pair = stored[first]
+    one = {first: pair}
+    yield "q and k swapped", _swapped(stored)
+    yield "a module dropped", Spoilt(one, {})
+    yield "scale doubled", Spoilt(one, {first: replace(pair, scale=pair.scale * 2)})
+    rank = pair.shape[1]
+    yield "scale divided by rank", Spoilt(one, {first: replace(pair, scale=pair.scale / rank)}) if rank > 1 else None
+    yield "factors transposed", Spoilt(one, {first: Pair(_flipped(pair.up), _flipped(pair.down), pair.scale)})
+    yield "layers shifted by one", _shifted(stored)
+    yield "up zeroed", Spoilt(one, {first: replace(pair, up=Held(values(pair.up) * 0, pair.up.dtype))})
+    yield "stored in a lower precision", Spoilt(one, {first: replace(pair, up=Held(coarse(values(pair.up)), pair.up.dtype))})
+
+
+def _swapped(stored: Pairs) -> Spoilt | None:
+    """q and k of the first layer that has both; where there is none, any two modules of one shape."""
+    pairs = [(m, m[: -len("to_q")] + "to_k") for m in stored if m.endswith("to_q")]
+    both = next(((q, k) for q, k in pairs if k in stored), None)
+    if both is None:
+        both = next(((a, b) for a in stored for b in stored if a < b and stored[a].shape == stored[b].shape), None)
+    if both is None:
+        return None
+    a, b = both
+    return Spoilt({a: stored[a], b: stored[b]}, {a: stored[b], b: stored[a]})
+
+
+def _flipped(tensor: Tensor) -> Held:
+    return Held(values(tensor).T, tensor.dtype)
+
+
+def _shifted(stored: Pairs) -> Spoilt | None:
+    """The first module gets the factors of the same module one layer on; alone, it gets another layer's name."""
+    module = next((m for m in stored if any(step.isdigit() for step in m.split("."))), None)
+    if module is None:
+        return None
+    steps = module.split(".")
+    at = next(n for n, step in enumerate(steps) if step.isdigit())
+    later = ".".join([*steps[:at], str(int(steps[at]) + 1), *steps[at + 1 :]])
+    if later in stored:
+        return Spoilt({module: stored[module]}, {module: stored[later]})
+    return Spoilt({module: stored[module]}, {later: stored[module]})

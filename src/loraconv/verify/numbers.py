@@ -1,0 +1,179 @@
+"""When two stored numbers are the same, and how far apart two low-rank products are.
+
+The bounds come from the dtypes alone: a number stored once in a dtype may be half a unit in the last place away from
+the exact one, and no more. Error of a product: ``|| s1 B1 A1 - s2 B2 A2 ||_F`` from the QR of the stacked factors, at
+rank size, with no full-size product and without the cancellation that a Gram matrix would bring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from loraconv.lazy import Lazy, read
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+#: dtype -> (half a unit in the last place, relative; half of the smallest number above zero).
+HALF_ULP = {
+    "F64":  (2.0**-53, 2.0**-1074),
+    "F32":  (2.0**-24, 2.0**-150),
+    "F16":  (2.0**-11, 2.0**-25),
+    "BF16": (2.0**-8, 2.0**-134),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A tensor in memory, as values: what a control makes out of a stored one."""
+
+    values: Array
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+
+Tensor = Lazy | Held
+
+
+def values(tensor: Tensor) -> Array:
+    """The tensor's values in float64."""
+    return tensor.values if isinstance(tensor, Held) else read(tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The two factors of one module by a format's own definition: ``delta = scale * up @ down``."""
+
+    down: Tensor
+    up: Tensor
+    scale: Fraction | float
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(out, rank, in)``."""
+        return self.up.shape[0], self.down.shape[0], self.down.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """``equal``: the same numbers. Else ``within`` half a unit in the last place or not, with error and bound."""
+
+    equal: bool
+    within: bool
+    error: float = 0.0
+    bound: float = 0.0
+
+
+def compare(expected: Pair, stored: Pair) -> Outcome:
+    """Whether ``stored`` is ``expected``, element by element of both factors, the scale counted into ``up``."""
+    import numpy as np
+
+    if expected.shape != stored.shape:
+        return Outcome(False, False, float("inf"))
+    ratio, exact_ratio = _ratio(expected.scale, stored.scale)
+    down, kept_down, down_same = _sides(expected.down, stored.down, 1.0, True)
+    up, kept_up, up_same = _sides(expected.up, stored.up, ratio, exact_ratio)
+    if down_same and up_same:
+        return Outcome(True, True)
+    down_slack, up_slack = slack(down, stored.down.dtype), slack(up, stored.up.dtype)
+    if not exact_ratio:
+        up_slack = up_slack + np.abs(up) * 2.0**-52
+    within = _near(down, kept_down, down_slack) and _near(up, kept_up, up_slack)
+    size = product_norm(up, down)
+    error = difference_norm(up, down, kept_up, kept_down)
+    room = _norm(up_slack) * _norm(down) + _norm(up) * _norm(down_slack) + _norm(up_slack) * _norm(down_slack)
+    return Outcome(False, within, error / size if size else error, room / size if size else room)
+
+
+def _sides(expected: Tensor, stored: Tensor, ratio: float, exact: bool) -> tuple[Array, Array, bool]:
+    import numpy as np
+
+    one, other = values(expected), values(stored)
+    if ratio != 1.0:
+        one = one * ratio
+    same = exact and bool(np.array_equal(one, other, equal_nan=True))
+    return one, other, same
+
+
+def _ratio(expected: Fraction | float, stored: Fraction | float) -> tuple[float, bool]:
+    """What the expected ``up`` is multiplied by to be the stored one, and whether that product is exact."""
+    if isinstance(expected, Fraction) and isinstance(stored, Fraction) and stored:
+        ratio = expected / stored
+        binary = ratio.denominator & (ratio.denominator - 1) == 0 and abs(ratio.numerator).bit_length() <= 28
+        return float(ratio), binary
+    return float(expected) / float(stored) if stored else float("nan"), False
+
+
+def slack(exact: Array, dtype: str) -> Array:
+    """How far a number stored in ``dtype`` may be from the exact one, element by element."""
+    import numpy as np
+
+    relative, least = HALF_ULP[dtype]
+    size = np.abs(exact)
+    # The room is that of the stored value's binade, which rounding up may have just entered.
+    return np.maximum(size * relative * (1 + 2.0**-20), least)
+
+
+def _near(one: Array, other: Array, room: Array) -> bool:
+    import numpy as np
+
+    with np.errstate(invalid="ignore"):
+        fine = (np.abs(one - other) <= room) | (np.isnan(one) & np.isnan(other)) | (one == other)
+    return bool(np.all(fine))
+
+
+def _norm(array: Array) -> float:
+    import numpy as np
+
+    return float(np.sqrt(np.sum(np.square(array))))
+
+
+def product_norm(up: Array, down: Array) -> float:
+    """``|| up @ down ||_F`` through the triangular factors of both."""
+    import numpy as np
+
+    return _norm(np.linalg.qr(up, mode="r") @ np.linalg.qr(down.T, mode="r").T) if np.isfinite(up).all() else np.inf
+
+
+def difference_norm(up: Array, down: Array, other_up: Array, other_down: Array) -> float:
+    """``|| up @ down - other_up @ other_down ||_F`` through the stacked factors."""
+    import numpy as np
+
+    stacked_up = np.concatenate([up, -other_up], axis=1)
+    stacked_down = np.concatenate([down, other_down], axis=0)
+    if not (np.isfinite(stacked_up).all() and np.isfinite(stacked_down).all()):
+        return float("inf")
+    return product_norm(stacked_up, stacked_down)
+
+
+def coarse(array: Array) -> Array:
+    """The values with four bits of mantissa, as an 8-bit float would leave them: a mistake for a control to make."""
+    import numpy as np
+
+    mantissa, exponent = np.frexp(array)
+    rounded: Array = np.ldexp(np.round(mantissa * 16) / 16, exponent)
+    return rounded
+
+
+def same_bytes(one: Lazy, other: Lazy) -> bool:
+    """True if two tensors of one dtype and shape hold the same bytes, read a few MiB at a time."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    streams = one.pieces(), other.pieces()
+    left, right = b"", b""
+    while True:
+        left = left or next(streams[0], b"")
+        right = right or next(streams[1], b"")
+        count = min(len(left), len(right))
+        if not count:
+            return len(left) == len(right)
+        if left[:count] != right[:count]:
+            return False
+        left, right = left[count:], right[count:]

@@ -1,0 +1,150 @@
+"""What each adapter format says, in this module's own words: module (diffusers name) -> factors and scale.
+
+Written from the formats' definitions (SwissArmyTransformer ``lora2.py``, diffusers ``loaders``, peft ``tuners/lora``),
+not from the tables that the converter uses.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import yaml
+
+from loraconv.lazy import TensorRef, read
+from loraconv.verify.numbers import Held, Pair
+
+_SAT_FACTOR = re.compile(
+    r"model\.diffusion_model\.transformer\.layers\.(\d+)\.attention\.(query_key_value|dense)\.matrix_([AB])\.(\d+)"
+)
+_SAT_MODULES = {
+    ("query_key_value", 0): "to_q",
+    ("query_key_value", 1): "to_k",
+    ("query_key_value", 2): "to_v",
+    ("dense", 0): "to_out.0",
+}
+Tensors = Mapping[str, TensorRef]
+
+
+def sat_pairs(ranks: list[Tensors], settings: Mapping[str, Any] | None, alpha: Fraction | None) -> dict[str, Pair]:
+    """SAT: ``W + (lora_alpha / r) * matrix_B.n @ matrix_A.n``, n = 0, 1, 2 being q, k, v; ``lora_alpha`` is 1 unless set.
+
+    With several model-parallel ranks: the mean over ranks of what each of them added (see :func:`_mean_over_ranks`).
+    """
+    found = [_sat_factors(tensors) for tensors in ranks]
+    told = _sat_alpha(settings) if alpha is None else alpha
+    pairs = {}
+    for (layer, kind, part), sides in found[0].items():
+        module = f"transformer_blocks.{layer}.attn1.{_SAT_MODULES[kind, part]}"
+        if len(found) == 1:
+            down, up = sides["A"], sides["B"]
+            pairs[module] = Pair(down, up, told / down.shape[0])
+        else:
+            pairs[module] = _mean_over_ranks([f[layer, kind, part] for f in found], kind, told)
+    return pairs
+
+
+def _sat_factors(tensors: Tensors) -> dict[tuple[int, str, int], dict[str, TensorRef]]:
+    factors: dict[tuple[int, str, int], dict[str, TensorRef]] = {}
+    for name, ref in tensors.items():
+        match = _SAT_FACTOR.fullmatch(name)
+        if match:
+            layer, kind, side, part = match.groups()
+            factors.setdefault((int(layer), kind, int(part)), {})[side] = ref
+    return factors
+
+
+def _mean_over_ranks(sides: list[dict[str, TensorRef]], kind: str, alpha: Fraction) -> Pair:
+    """Column-parallel (q, k, v): rank k computes its own rows of the output, from its copy of A; A is averaged.
+
+    Row-parallel (dense): rank k sees its own columns of the input and adds ``B_k A_k`` of them alone. The mean over
+    ranks of what they add is ``mean(B) @ [A_0, A_1, ...] / ranks``, B being copies that drifted apart slightly.
+    """
+    import numpy as np
+
+    count = len(sides)
+    downs, ups = [read(s["A"]) for s in sides], [read(s["B"]) for s in sides]
+    dtype_a, dtype_b = sides[0]["A"].dtype, sides[0]["B"].dtype
+    if kind == "query_key_value":
+        down, up = sum(downs) / count, np.concatenate(ups, axis=0)
+    else:
+        down, up = np.concatenate(downs, axis=1), sum(ups) / count / count
+    return Pair(Held(down, dtype_a), Held(up, dtype_b), alpha / down.shape[0])
+
+
+def _sat_alpha(settings: Mapping[str, Any] | None) -> Fraction:
+    here: Any = settings
+    for step in ("model", "network_config", "params", "modules", "lora_config", "params", "lora_alpha"):
+        here = here.get(step) if isinstance(here, Mapping) else None
+    return Fraction(1) if here is None else Fraction(here)
+
+
+def diffusers_pairs(tensors: Tensors, metadata: Mapping[str, str], alpha: Fraction | None) -> dict[str, Pair]:
+    """diffusers: peft's rule with the header's ``lora_adapter_metadata`` (finetrainers: ``lora_config``), else scale 1."""
+    text = metadata.get("lora_adapter_metadata")
+    config: dict[str, Any] = {}
+    if text is not None:
+        stated = json.loads(text)
+        config = {k.removeprefix("transformer."): v for k, v in stated.items()}
+    elif "lora_config" in metadata:
+        config = json.loads(metadata["lora_config"])
+    return _peft_like(tensors, ("transformer.", ""), config, alpha)
+
+
+def peft_pairs(tensors: Tensors, config: Mapping[str, Any], alpha: Fraction | None) -> dict[str, Pair]:
+    """peft: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``; both patterns are by module name."""
+    return _peft_like(tensors, ("base_model.model.",), config, alpha)
+
+
+def _peft_like(
+    tensors: Tensors, prefixes: tuple[str, ...], config: Mapping[str, Any], alpha: Fraction | None
+) -> dict[str, Pair]:
+    sides: dict[str, dict[str, TensorRef]] = {}
+    for name, ref in tensors.items():
+        module, dot, side = name.rpartition(".lora_")
+        if dot and side in ("A.weight", "B.weight"):
+            prefix = next(p for p in prefixes if module.startswith(p))
+            sides.setdefault(module[len(prefix) :], {})[side[0]] = ref
+    pairs = {}
+    for module, both in sides.items():
+        rank = both["A"].shape[0]
+        told = alpha if alpha is not None else _peft_alpha(config, module, rank)
+        pairs[module] = Pair(both["A"], both["B"], _peft_scale(told, rank, config.get("use_rslora") is True))
+    return pairs
+
+
+def _peft_alpha(config: Mapping[str, Any], module: str, rank: int) -> Fraction:
+    for name, value in (config.get("alpha_pattern") or {}).items():
+        if module == name or module.endswith(f".{name}"):
+            return Fraction(value)
+    value = config.get("lora_alpha")
+    return Fraction(rank) if value is None else Fraction(value)
+
+
+def _peft_scale(alpha: Fraction, rank: int, rslora: bool) -> Fraction | float:
+    return float(alpha) / math.sqrt(rank) if rslora else alpha / rank
+
+
+def yaml_settings(text: str) -> dict[str, Any]:
+    """A settings file as plain data (no tags)."""
+    value = yaml.safe_load(text)
+    return value if isinstance(value, dict) else {}
+
+
+def pairs_of(
+    kind: str,
+    ranks: list[Tensors],
+    metadata: Mapping[str, str],
+    settings: Mapping[str, Any] | None,
+    alpha: Fraction | None,
+) -> dict[str, Pair]:
+    """The adapter that a checkpoint of this format holds. ``alpha`` overrides what the files say."""
+    if kind == "sat":
+        return sat_pairs(ranks, settings, alpha)
+    if kind == "peft":
+        return peft_pairs(ranks[0], settings or {}, alpha)
+    return diffusers_pairs(ranks[0], metadata, alpha)
