@@ -34,7 +34,6 @@ SAT = Dialect(
     sidecar="training_config.yaml",
     rank_at="model.network_config.params.modules.lora_config.params.r",
     alpha_at="model.network_config.params.modules.lora_config.params.lora_alpha",
-    range_at="model.network_config.params.modules.lora_config.params.layer_range",
     default_alpha=1,
     default_why="SAT's LoraMixin uses lora_alpha = 1 unless the training YAML sets it",
     carries=("one rank and one alpha for the whole adapter", "any alpha as a number", "q, k, v and output projections"),

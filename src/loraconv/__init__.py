@@ -12,23 +12,34 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from loraconv.catalog import formats
-    from loraconv.convert import ConvertResult, convert, sat2diffusers
-    from loraconv.demo import demo
+    from loraconv.conversion import ConvertResult, convert, sat2diffusers
+    from loraconv.demonstration import demo
     from loraconv.describe import Summary, inspect
     from loraconv.errors import LoraconvError
 
+# No module may bear the name of a public function: importing it would put the module in the function's place.
 _HOMES = {
-    "ConvertResult": "loraconv.convert",
+    "ConvertResult": "loraconv.conversion",
     "LoraconvError": "loraconv.errors",
     "Summary":       "loraconv.describe",
-    "convert":       "loraconv.convert",
-    "demo":          "loraconv.demo",
+    "convert":       "loraconv.conversion",
+    "demo":          "loraconv.demonstration",
     "formats":       "loraconv.catalog",
     "inspect":       "loraconv.describe",
-    "sat2diffusers": "loraconv.convert",
+    "sat2diffusers": "loraconv.conversion",
 }  # fmt: skip
 
-__all__ = ["ConvertResult", "LoraconvError", "Summary", "__version__", "convert", "demo", "formats", "inspect", "sat2diffusers"]
+__all__ = [
+    "ConvertResult",
+    "LoraconvError",
+    "Summary",
+    "__version__",
+    "convert",
+    "demo",
+    "formats",
+    "inspect",
+    "sat2diffusers",
+]
 
 
 def __getattr__(name: str) -> Any:

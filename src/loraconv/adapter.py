@@ -1,4 +1,6 @@
-"""The canonical adapter: diffusers module name -> down, up and scale. Tensors are lazy; every input key is accounted for.
+"""The canonical adapter: diffusers module name -> down, up and scale.
+
+Tensors are lazy; every input key is accounted for.
 
 ``delta = scale * up @ down`` with ``down`` of shape (rank, in) and ``up`` of shape (out, rank).
 """
@@ -9,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from loraconv.detect import Detected, factor_key
+from loraconv.detect import Detected, base_name, factor_key
 from loraconv.errors import CorruptCheckpoint, FormatError
-from loraconv.lazy import Averaged, Joined, Lazy, TensorRef
-from loraconv.names import FLOAT_DTYPES, fold_names, printable
+from loraconv.lazy import Averaged, Joined, Lazy, TensorRef, nbytes, read
+from loraconv.names import FLOAT_DTYPES, fold_names, printable, quoted
+from loraconv.ranks import mixed, of_rank, refuse_copies, same_in_all, split_dim
 from loraconv.rules import Fused, Rename, fill
 from loraconv.scale import Origin, Scale, find_scales, origins
 from loraconv.source import Source
@@ -96,7 +99,7 @@ def _refuse_what_is_none(source: Source, detected: Detected) -> None:
             f"{where} holds only a part of each tensor",
             where=", ".join(fold_names(source.incomplete)[:3]),
             why="ZeRO-3 with more than one data-parallel rank saves rank 0's part and loses the others",
-            hint="save again with ZeRO stage 2, or with stage3_gather_16bit_weights_on_model_save in the DeepSpeed YAML",
+            hint="train or save again with ZeRO stage 2 (deepspeed.zero_optimization.stage in the YAML)",
             slug="zero3-partial",
         )
     if not detected.has_factors:
@@ -104,8 +107,8 @@ def _refuse_what_is_none(source: Source, detected: Detected) -> None:
         kind = "a full fine-tune" if source.trained else "base weights"
         raise FormatError(
             f"{where} holds no LoRA: it is {kind} of {detected.family.title}",
-            why=f"{trained}{len(detected.ledger.base)} base tensors, no {detected.dialect.down.split('.', 1)[1]} among them",
-            hint=f"loraconv sat2diffusers {where} --what base -o transformer/",
+            why=f"{trained}{len(detected.ledger.base)} base tensors, no LoRA factor among them",
+            hint=f"loraconv sat2diffusers {quoted(source.path)} --what base -o transformer",
             slug="no-lora",
         )
     strange = [n for n in detected.ledger.unknown if factor_key(detected.dialect, n.removeprefix(detected.prefix))]
@@ -122,27 +125,20 @@ def _no_single_adapter(source: Source) -> FormatError:
     return FormatError(
         f"this LoRA was trained on {len(source.ranks)} model-parallel ranks, and no single adapter equals it",
         where=printable(str(source.path)),
-        why="SAT never sums the adapter of the output projection over the ranks, so each rank computed another function",
+        why="SAT never sums the output projection's adapter over the ranks, so each rank computed another function",
         hint="add --nearest for the nearest single adapter (the report says how far off it is), or train with"
         " model_parallel_size 1",
         slug="model-parallel-lora",
     )
 
 
-def _pairs(
-    source: Source, detected: Detected, tensors: dict[str, TensorRef]
-) -> dict[str, tuple[TensorRef, TensorRef]]:
+def _pairs(source: Source, detected: Detected, tensors: dict[str, TensorRef]) -> dict[str, tuple[TensorRef, TensorRef]]:
     """Module (diffusers name) -> (down, up) of one rank, each pair checked for shape and dtype."""
     halves: dict[str, dict[str, TensorRef]] = {}
     for name in detected.ledger.factors:
         key = factor_key(detected.dialect, name[len(detected.prefix) :])
-        if key is None or name not in tensors:
-            raise CorruptCheckpoint(
-                f"the ranks do not hold the same tensors: {printable(name)} is missing in one",
-                where=printable(str(source.path)),
-                hint="copy the rank files of one iteration of one run into a folder of their own",
-            )
-        halves.setdefault(_here(detected, key.module, key.part, name), {})[key.side] = tensors[name]
+        assert key is not None
+        halves.setdefault(_here(detected, key.module, key.part, name), {})[key.side] = of_rank(tensors, name)
     broken = [module for module, sides in halves.items() if len(sides) != 2]
     if broken:
         raise CorruptCheckpoint(
@@ -203,16 +199,47 @@ def _nearest(
     number. On a recorded run this is 5 and 7 % from the two ranks' outputs; the undivided sum is 8 and 10 %.
     """
     count = len(ranks)
+    _check_one_run(source, detected)
     made: dict[str, tuple[Lazy, Lazy]] = {}
     for module in ranks[0]:
-        downs, ups = zip(*(rank[module] for rank in ranks), strict=True)
+        downs, ups = (list(side) for side in zip(*(rank[module] for rank in ranks), strict=True))
         found = detected.spelling.find_part(module) if detected.spelling else None
         rule = detected.spelling.find(found[0]) if detected.spelling and found else None
         parallel = rule[0].parallel if rule and isinstance(rule[0], Rename | Fused) else "whole"
         if parallel == "rows":
-            made[module] = Averaged(downs, count), Joined(ups, 0)
+            refuse_copies(ups)
+            _check_copies(downs)
+            made[module] = Averaged(tuple(downs), count), Joined(tuple(ups), 0)
         elif parallel == "columns":
-            made[module] = Joined(downs, 1), Averaged(ups, count * count)
+            _check_copies(ups)
+            made[module] = Joined(tuple(downs), 1), Averaged(tuple(ups), count * count)
         else:
-            made[module] = Averaged(downs, count), Averaged(ups, count)
+            made[module] = Averaged(tuple(downs), count), Averaged(tuple(ups), count)
     return made
+
+
+#: Base tensors up to this many bytes are compared between ranks; the greater ones would say no more.
+_SMALL = 1 << 16
+
+
+def _check_one_run(source: Source, detected: Detected) -> None:
+    """Small base tensors that every rank holds whole must be the same bytes: they are frozen in a LoRA run."""
+    for name in detected.ledger.base:
+        refs = [of_rank(tensors, name) for tensors in source.ranks]
+        found = detected.spelling.find(_module(detected, name)) if detected.spelling else None
+        whole = found is not None and split_dim(getattr(found[0], "parallel", "whole"), refs[0]) is None
+        if whole and nbytes(refs[0]) <= _SMALL:
+            same_in_all(refs)
+
+
+def _module(detected: Detected, name: str) -> str:
+    return base_name(detected.dialect, name[len(detected.prefix) :]).rpartition(".")[0]
+
+
+def _check_copies(refs: list[TensorRef]) -> None:
+    """Copies of one factor drift apart by thousandths in training; half of their norm apart, they never were copies."""
+    first = read(refs[0])
+    for other in refs[1:]:
+        gap, size = (first - read(other)) ** 2, first**2
+        if gap.sum() > size.sum() / 4:
+            raise mixed(refs[0], other)

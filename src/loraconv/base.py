@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from loraconv.detect import Detected, FactorKey, base_name, factor_key
-from loraconv.errors import CorruptCheckpoint, FormatError
-from loraconv.lazy import Joined, Lazy, TensorRef, Viewed
-from loraconv.names import FLOAT_DTYPES, fold_names, printable
+from loraconv.errors import FormatError
+from loraconv.lazy import Lazy, TensorRef, Viewed
+from loraconv.names import FLOAT_DTYPES, fold_names, printable, quoted
+from loraconv.ranks import join, merge, of_rank, same_in_all, split_dim
 from loraconv.rules import Fused, Kernel, Regrouped, Rename, Rule, fill
 from loraconv.source import Source
 
@@ -32,7 +33,7 @@ def read_base(source: Source, detected: Detected, config: dict[str, Any]) -> dic
     _refuse(source, detected)
     made: dict[str, Lazy] = {}
     for name in detected.ledger.base:
-        refs = [_of_rank(tensors, name) for tensors in source.ranks]
+        refs = [of_rank(tensors, name) for tensors in source.ranks]
         module, _, param = _bare(detected, name).rpartition(".")
         found = detected.spelling.find(module) if detected.spelling else None
         assert found is not None, module
@@ -56,7 +57,7 @@ def _refuse(source: Source, detected: Detected) -> None:
         raise FormatError(
             f"{where} holds no base model to convert",
             why="it is an adapter alone" if detected.has_factors else "it is in diffusers' own layout already",
-            hint=f"loraconv inspect {where}",
+            hint=f"loraconv inspect {quoted(source.path)}",
             slug="no-base",
         )
     if detected.ledger.unknown:
@@ -64,7 +65,7 @@ def _refuse(source: Source, detected: Detected) -> None:
             f"{len(detected.ledger.unknown)} tensors are not part of any known {detected.family.title}",
             where="; ".join(fold_names(detected.ledger.unknown)[:6]),
             why="dropping them without a word would change the model",
-            hint=f"loraconv inspect {where}",
+            hint=f"loraconv inspect {quoted(source.path)}",
             slug="keys-unknown",
         )
     odd = [n for n in detected.ledger.base if source.tensors[n].dtype not in FLOAT_DTYPES]
@@ -75,15 +76,6 @@ def _refuse(source: Source, detected: Detected) -> None:
             hint="convert the adapter alone (--what lora) and use the original base model",
             slug="base-quantised",
         )
-
-
-def _of_rank(tensors: dict[str, TensorRef], name: str) -> TensorRef:
-    if name not in tensors:
-        raise CorruptCheckpoint(
-            f"the ranks do not hold the same tensors: {printable(name)} is missing in one",
-            hint="copy the rank files of one iteration of one run into a folder of their own",
-        )
-    return tensors[name]
 
 
 def _targets(
@@ -109,16 +101,8 @@ def _targets(
             yield here, join([whole.rows(n * chunk, (n + 1) * chunk) for n in numbers], 0)
     elif isinstance(rule, Kernel):
         yield rule.here, _kernel(rule, same_in_all(refs), config)
-    elif isinstance(rule, Rename):
-        if not rule.when or config[rule.when]:
-            yield rule.here, merge(refs, _split_dim(rule, param, refs[0]))
-
-
-def _split_dim(rule: Rename, param: str, ref: TensorRef) -> int | None:
-    """Along which dimension model parallelism split this parameter; None where every rank has it whole."""
-    if rule.parallel == "rows":
-        return 0
-    return 1 if rule.parallel == "columns" and len(ref.shape) == 2 else None
+    elif isinstance(rule, Rename) and (not rule.when or config[rule.when]):
+        yield rule.here, merge(refs, split_dim(rule.parallel, refs[0]))
 
 
 def _equal_parts(source: Source, detected: Detected, rule: Fused, module: str, ref: TensorRef) -> int:
@@ -150,43 +134,3 @@ def _kernel(rule: Kernel, ref: TensorRef, config: dict[str, Any]) -> Lazy:
         return ref
     size = config[rule.size]
     return Viewed(ref, (ref.shape[0], ref.shape[1] // (size * size), size, size))
-
-
-def join(parts: list[TensorRef], dim: int) -> Lazy:
-    """The parts concatenated; a single one stays what it is."""
-    return parts[0] if len(parts) == 1 else Joined(tuple(parts), dim)
-
-
-def merge(refs: list[TensorRef], dim: int | None) -> Lazy:
-    """One tensor out of what the ranks hold: concatenated along ``dim``, or the one they all hold."""
-    if dim is None:
-        return same_in_all(refs)
-    if len(refs) > 1 and _same(refs[0], refs[1]):
-        raise CorruptCheckpoint(
-            f"two rank files hold the same part of {printable(refs[0].name)}",
-            where=f"{refs[0].file.shown}, {refs[1].file.shown}",
-            why="one rank's file was copied over another's",
-            hint="copy the rank files again from where they were trained",
-            slug="rank-duplicate",
-        )
-    return join(refs, dim)
-
-
-def same_in_all(refs: list[TensorRef]) -> TensorRef:
-    """The tensor that every rank holds; raises :class:`CorruptCheckpoint` if they differ."""
-    for other in refs[1:]:
-        if not _same(refs[0], other):
-            raise CorruptCheckpoint(
-                f"the ranks disagree about {printable(refs[0].name)}, which each of them holds whole",
-                where=f"{refs[0].file.shown}, {other.file.shown}",
-                why="the files belong to different runs or iterations, or the ranks drifted apart in training",
-                hint="copy the rank files of one iteration of one run into a folder of their own",
-                slug="rank-mixed",
-            )
-    return refs[0]
-
-
-def _same(a: TensorRef, b: TensorRef) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return all(x == y for x, y in zip(a.pieces(), b.pieces(), strict=True))

@@ -40,10 +40,7 @@ def _info(d: Dialect) -> FormatInfo:
 
 
 def _scale(d: Dialect) -> str:
-    if d.sidecar:
-        place = f"alpha in {d.sidecar}"
-    else:
-        place = "alpha in the header (lora_adapter_metadata)"
+    place = f"alpha in {d.sidecar}" if d.sidecar else "alpha in the header (lora_adapter_metadata)"
     if d.default_alpha is None:
         return place
     return f"{place}; where none: {d.default_why}"

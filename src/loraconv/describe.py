@@ -1,4 +1,4 @@
-"""What a checkpoint is, as data: container, dialect, model, rank, alpha and where it came from, and everything else in it."""
+"""What a checkpoint is, as data: container, dialect, model, rank, alpha and its source, and everything else in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from loraconv.base import bare_tensors
 from loraconv.detect import Detected, detect, group_bytes
 from loraconv.errors import FormatError
 from loraconv.model_config import infer_config, release_of
-from loraconv.names import fold_names, printable, ranges
+from loraconv.names import fold_names, printable, quoted, ranges
+from loraconv.scale import given_alpha
 from loraconv.source import Source, open_source
 
 
@@ -45,7 +46,7 @@ class AdapterFacts:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Everything ``loraconv inspect`` shows. ``adapter`` is None where there is no LoRA to read, ``problem`` says why."""
+    """Everything ``loraconv inspect`` shows. ``adapter`` is None where no LoRA can be read; ``problem`` says why."""
 
     path: str
     container: str
@@ -72,7 +73,7 @@ def inspect(src: str | Path, *, alpha: float | None = None) -> Summary:
     Raises :class:`UsageError`, :class:`FormatError` (unknown), :class:`CorruptCheckpoint`, :class:`UnsafeCheckpoint`.
     """
     with open_source(src) as source:
-        summary = summarise(source, detect(source), alpha=None if alpha is None else Fraction(alpha))
+        summary = summarise(source, detect(source), alpha=given_alpha(alpha))
         source.check_unchanged()
         return summary
 
@@ -165,12 +166,16 @@ def _contents(source: Source, detected: Detected) -> list[Group]:
         ("not understood", ledger.unknown),
         ("parts of tensors", source.incomplete),
     ]
-    groups = [Group(what, len(names), _bytes(source, names), tuple(fold_names(names))) for what, names in named if names]
+    groups = [
+        Group(what, len(names), _bytes(source, names), tuple(fold_names(names))) for what, names in named if names
+    ]
     state = [e for e in source.extras if e.tensors]
     other = [e for e in source.extras if not e.tensors]
     if state:
         names = tuple(f"{e.name} ({e.tensors} tensors)" for e in state)
-        groups.append(Group("trainer state with tensors", sum(e.tensors for e in state), sum(e.bytes for e in state), names))
+        groups.append(
+            Group("trainer state with tensors", sum(e.tensors for e in state), sum(e.bytes for e in state), names)
+        )
     if other:
         groups.append(Group("trainer state", 0, 0, tuple(f"{e.name} ({printable(e.kind)})" for e in other)))
     return groups
@@ -181,7 +186,7 @@ def _bytes(source: Source, names: list[str]) -> int:
 
 
 def _next(source: Source, detected: Detected, problem: str) -> str:
-    path = printable(str(source.path), 1000)
+    path = quoted(source.path)
     if source.incomplete:
         return ""
     if detected.dialect.spelling:

@@ -107,9 +107,7 @@ def _ledger(tensors: dict[str, TensorRef], dialect: Dialect, family: Family, pre
     return ledger
 
 
-def _place(
-    ledger: Ledger, name: str, bare: str, dialect: Dialect, family: Family, spelling: Spelling | None
-) -> None:
+def _place(ledger: Ledger, name: str, bare: str, dialect: Dialect, family: Family, spelling: Spelling | None) -> None:
     key = factor_key(dialect, bare)
     module = key.module if key else base_name(dialect, bare).rpartition(".")[0]
     known = family.knows(module) if spelling is None else spelling.find(module) is not None
@@ -132,7 +130,7 @@ def base_name(dialect: Dialect, bare: str) -> str:
 
 def _reason(ledger: Ledger, dialect: Dialect, family: Family, total: int) -> str:
     if ledger.factors:
-        return f"{len(ledger.factors)} keys are {dialect.name} factors of {family.title} modules, of {total} in the file"
+        return f"{len(ledger.factors)} keys are {dialect.name} factors of {family.title} modules, of {total}"
     return f"{len(ledger.base)} of {total} keys are {family.title} base weights; no factors"
 
 

@@ -39,7 +39,6 @@ def fits(tensor: Lazy, factor: Fraction, dtype: str, back: Fraction | None = Non
     return all(_piece_fits(piece, tensor.dtype, factor, dtype, back) for piece in tensor.pieces())
 
 
-
 def _piece_fits(piece: bytes, own: str, factor: Fraction, dtype: str, back: Fraction | None) -> bool:
     import numpy as np
 

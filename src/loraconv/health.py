@@ -47,7 +47,8 @@ def check_tensors(tensors: Mapping[str, Lazy]) -> list[str]:
     :class:`CorruptCheckpoint` where they differ.
     """
     storages = {(id(leaf.file), leaf.storage): leaf for tensor in tensors.values() for leaf in tensor.leaves()}
-    if all([_storage_is_finite(leaf) for leaf in storages.values()]):
+    finite = [_storage_is_finite(leaf) for leaf in storages.values()]  # every one is read: each has a checksum
+    if all(finite):
         return []
     return [name for name, tensor in tensors.items() if not is_finite(tensor)]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from loraconv.io.input_file import InputFile
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 1 << 18
 
 
 class Lazy(Protocol):
@@ -35,6 +35,18 @@ class Lazy(Protocol):
 def nbytes(tensor: Lazy) -> int:
     """The size of the tensor's bytes once written."""
     return numel(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+
+
+def spans(tensor: Lazy) -> list[TensorRef] | None:
+    """The byte ranges that make up the tensor one after another; None where it has to be computed."""
+    if isinstance(tensor, TensorRef):
+        return [tensor] if tensor.strides is None else None
+    if isinstance(tensor, Viewed):
+        return spans(tensor.source)
+    if not isinstance(tensor, Joined) or tensor.dim:
+        return None
+    parts = [spans(part) for part in tensor.parts]
+    return None if None in parts else [ref for part in parts if part is not None for ref in part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +199,9 @@ class Averaged:
         return self.parts[0].shape
 
     def pieces(self) -> Iterator[bytes]:
-        total = sum(read(part) for part in self.parts)
+        total = read(self.parts[0])
+        for part in self.parts[1:]:
+            total = total + read(part)
         yield encode(total / self.divisor, self.dtype)
 
     def leaves(self) -> Iterator[TensorRef]:

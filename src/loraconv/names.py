@@ -6,6 +6,7 @@ Dtype names are those of the safetensors format (``F32``, ``BF16``, ...).
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 
 DTYPE_BYTES: dict[str, int] = {
@@ -45,9 +46,14 @@ def numel(shape: Iterable[int]) -> int:
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """``text`` with control bytes, escapes and surrogates spelled out, so that a hostile name cannot drive a terminal."""
+    """``text`` with control bytes, escapes and surrogates spelled out: a hostile name must not drive a terminal."""
     shown = _UNPRINTABLE.sub(lambda m: m.group().encode("unicode_escape", "surrogatepass").decode("ascii"), text)
     return shown if len(shown) <= limit else f"{shown[:limit]}... ({len(shown)} characters)"
+
+
+def quoted(path: object) -> str:
+    """A path as one word of a shell command that a user can copy."""
+    return printable(shlex.quote(str(path)), limit=1000)
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -58,7 +58,7 @@ def dialect(name: str) -> Dialect:
     known = {d.name: d for d in dialects()}
     if name in known:
         return known[name]
-    near = get_close_matches(name, known, n=1)
+    near = get_close_matches(name.lower(), known, n=1)
     raise FormatError(
         f"unknown format: {name!r}",
         why=f"known formats are {', '.join(known)}",

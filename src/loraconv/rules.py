@@ -320,8 +320,8 @@ class Dialect:
 
     ``prefixes`` is what stands before module names, the first being the one that is written. ``spelling`` names the
     family's spelling, empty for diffusers' own names. ``frozen`` spells the untouched weight of an adapted module.
-    ``sidecar`` is the settings file beside the weights; ``alpha_at``, ``rank_at``, ``range_at`` are paths into it. ``default_alpha`` is the documented convention where no
-    file says alpha: a number, ``"rank"``, or None for unknown. ``every_consumer_reads_alpha`` is false where some
+    ``sidecar`` is the settings file beside the weights; ``alpha_at`` and ``rank_at`` are paths into it.
+    ``default_alpha`` is the documented convention where no file says alpha: a number, ``"rank"``, or None for unknown. ``every_consumer_reads_alpha`` is false where some
     consumer of the format applies scale 1 whatever the file says, so that the scale has to be folded into ``up``.
     """
 
@@ -339,7 +339,6 @@ class Dialect:
     sidecar: str = ""
     rank_at: str = ""
     alpha_at: str = ""
-    range_at: str = ""
     default_alpha: int | Literal["rank"] | None = None
     default_why: str = ""
     every_consumer_reads_alpha: bool = True

@@ -12,13 +12,15 @@ from fractions import Fraction
 from typing import Any
 
 from loraconv.detect import Detected
-from loraconv.errors import CorruptCheckpoint, FormatError
+from loraconv.errors import CorruptCheckpoint, FormatError, UsageError
 from loraconv.io.sidecar import at, parse_json
 from loraconv.names import printable
 from loraconv.source import Source
 
 #: The header in which loraconv keeps what the trainer said, from which the way back is exact.
 ORIGIN_KEY = "loraconv.origin"
+#: Far above any rank; a greater alpha is a damaged file or a slip.
+LARGEST_ALPHA = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,13 @@ class Origin:
 
     @classmethod
     def from_json(cls, value: Any) -> Origin:
-        return cls(Fraction(value["alpha"]), int(value["rank"]), str(value["source"]), str(value["dtype"]), bool(value["folded"]))
+        return cls(
+            Fraction(value["alpha"]),
+            int(value["rank"]),
+            str(value["source"]),
+            str(value["dtype"]),
+            bool(value["folded"]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +87,27 @@ class Claim:
     rslora: bool = False
 
 
+def given_alpha(alpha: float | None) -> Fraction | None:
+    """The caller's own alpha as an exact fraction; raises :class:`UsageError` for one that cannot be meant."""
+    if alpha is not None and not plausible(alpha):
+        raise UsageError(f"--alpha must be above 0 and at most {LARGEST_ALPHA}, not {alpha}", hint="--alpha 1")
+    return None if alpha is None else Fraction(alpha)
+
+
+def plausible(alpha: float) -> bool:
+    """True for a number that a trainer can have used as alpha."""
+    return 0 < alpha <= LARGEST_ALPHA
+
+
 def number(value: Any, where: str) -> Fraction:
-    """A finite number as an exact fraction; raises :class:`CorruptCheckpoint` for anything else."""
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A file's alpha as an exact fraction; raises :class:`CorruptCheckpoint` for one that no trainer can have used."""
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and plausible(value)
     if not fine:
         raise CorruptCheckpoint(
-            f"alpha is not a number: {printable(repr(value), 60)}", where=where, hint="pass the right one: --alpha A"
+            f"alpha is not a number above 0 and at most {LARGEST_ALPHA}: {printable(repr(value), 60)}",
+            where=where,
+            hint="correct the file, or move it away and pass the right one: --alpha A",
+            slug="alpha-implausible",
         )
     return Fraction(value)
 

@@ -5,6 +5,7 @@ Opening reads structure only. Nothing here decides what the names mean; see ``de
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,9 @@ from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError, Usage
 from loraconv.io import safetensors_read, sidecar, torch_read
 from loraconv.io.input_file import InputFile
 from loraconv.io.run_folder import RunFiles, check_ranks, find_run
+from loraconv.io.torch_pickle import Opaque
 from loraconv.lazy import TensorRef, nbytes
-from loraconv.names import numel, printable
+from loraconv.names import numel, printable, quoted
 from loraconv.registry import dialects
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -75,6 +77,8 @@ def open_source(path: str | Path) -> Iterator[Source]:
     Raises :class:`UsageError` (not there, unreadable), :class:`FormatError` (not a checkpoint, ranks missing),
     :class:`CorruptCheckpoint` and :class:`UnsafeCheckpoint`.
     """
+    if not os.fspath(path):
+        raise UsageError("no checkpoint was named", hint="loraconv inspect RUN_OR_FILE", slug="not-found")
     path = Path(path)
     with ExitStack() as stack:
         yield _open_folder(path, stack) if path.is_dir() else _open_file(path, stack)
@@ -117,7 +121,7 @@ def _nothing_in(path: Path) -> LoraconvError:
     weights = [n for n in names if n.endswith(_WEIGHT_SUFFIXES)]
     hint = "loraconv formats"
     if weights or inside:
-        hint = f"loraconv inspect {printable(str(path / (weights or inside)[-1]))}"
+        hint = f"loraconv inspect {quoted(path / (weights or inside)[-1])}"
     shown = ", ".join(printable(n, 60) for n in names[:6]) + (", ..." if len(names) > 6 else "")
     return FormatError(
         f"no checkpoint found in {printable(str(path))}",
@@ -200,7 +204,7 @@ def _whole(source: Source, run: RunFiles, name: str, value: Any) -> TensorRef | 
 
 def _extra(name: str, value: Any) -> Extra:
     found = list(_tensors_in(value))
-    kind = value.kind if isinstance(value, torch_read.Opaque) else type(value).__name__
+    kind = value.kind if isinstance(value, Opaque) else type(value).__name__
     if found:
         kind = "tensors"
     return Extra(printable(name), kind, len(found), sum(nbytes(t) for t in found))

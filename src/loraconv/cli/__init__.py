@@ -6,16 +6,16 @@ input, 5 proof failed, 6 write failed, 7 hub or network, 130 interrupted, 143 te
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 
 import click
 
-from loraconv.cli.commands import root
+from loraconv.cli.commands import root, unprinted
 from loraconv.errors import LoraconvError
 
 
@@ -34,68 +34,63 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(argv: list[str]) -> int:
     """Run one command line and return its exit code."""
+    as_json = "--json" in argv
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = root.main(argv, prog_name="loraconv", standalone_mode=False)
-        return _flushed(code if isinstance(code, int) else 0)
+        return code if isinstance(code, int) else 0
     except LoraconvError as failure:
-        return _report(failure, "--json" in argv)
+        return _report(failure, as_json)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as wrong:
-        return _usage(wrong, "--json" in argv)
+        return _usage(wrong, as_json)
     except (KeyboardInterrupt, click.Abort):
-        return _last_words("interrupted", 130)
+        return _end("interrupted", 130, "interrupted", as_json)
     except _Terminated:
-        return _last_words("terminated", 143)
-    except BrokenPipeError:
+        return _end("terminated", 143, "terminated", as_json)
+    except (BrokenPipeError, SystemExit):  # click answers a closed pipe with SystemExit
         return _closed_pipe()
+    except OSError as failure:
+        return _report(unprinted(failure), as_json)
     except Exception as bug:
         if "--debug" in argv:
             raise
-        why = f"{type(bug).__name__}: {bug}"
-        return _last_words(f"this is a defect in loraconv: {why}\n  hint: run again with --debug and report it", 1)
-
-
-def _flushed(code: int) -> int:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return _closed_pipe()
-    except OSError as failure:
-        name = errno.errorcode.get(failure.errno or 0, "")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _last_words(f"error: cannot write to standard output: {failure.strerror} ({name})", 6)
-    return code
+        return _end(f"this is a defect in loraconv: {type(bug).__name__}: {bug}", 1, "defect", as_json)
 
 
 def _closed_pipe() -> int:
     """The reader of stdout went away, which is its right: stop quietly."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def _report(failure: LoraconvError, as_json: bool) -> int:
     from loraconv.report.text import error
 
-    if as_json:
-        text = json.dumps({"message_type": "exit_error", **failure.to_dict()})
-    else:
-        text = error(failure)
+    if failure.slug == "stdout":
+        _closed_pipe()
+    text = json.dumps({"message_type": "exit_error", **failure.to_dict()}) if as_json else error(failure)
     return _last_words(text, failure.exit_code)
 
 
 def _usage(wrong: click.ClickException, as_json: bool) -> int:
     if as_json:
-        value = {"message_type": "exit_error", "code": wrong.exit_code, "slug": "usage", "message": wrong.format_message()}
-        return _last_words(json.dumps(value), wrong.exit_code)
+        return _end(wrong.format_message(), wrong.exit_code, "usage", as_json)
     wrong.show(sys.stderr)
     return wrong.exit_code
 
 
+def _end(message: str, code: int, slug: str, as_json: bool) -> int:
+    hint = "run again with --debug and report it" if code == 1 else ""
+    if as_json:
+        value = {"message_type": "exit_error", "code": code, "slug": slug, "message": message, "hint": hint}
+        return _last_words(json.dumps(value), code)
+    return _last_words(f"{message}\n  hint: {hint}" if hint else message, code)
+
+
 def _last_words(text: str, code: int) -> int:
-    try:
+    with suppress(OSError, ValueError, AttributeError):  # stderr may be closed or full
         print(text, file=sys.stderr, flush=True)
-    except OSError:
-        pass
     return code

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from loraconv import __version__
+from loraconv.errors import WriteFailed
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,7 +25,7 @@ def root() -> None:
 def _output_options(command: F) -> F:
     """Options that every command has."""
     command = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (schema 1).")(command)
-    command = click.option("-q", "--quiet", is_flag=True, help="Print neither result nor notices; errors only.")(command)
+    command = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")(command)
     return click.option("--debug", is_flag=True, help="Show a traceback if loraconv itself fails.")(command)
 
 
@@ -54,13 +55,30 @@ def _conversion_options(command: F) -> F:
 
 def _say(text: str, result: Any, as_json: bool, quiet: bool, notices: Iterable[str] = ()) -> None:
     if as_json:
-        click.echo(json.dumps(result, indent=1, sort_keys=True))
+        text = json.dumps(result, indent=1, sort_keys=True)
+    elif quiet:
         return
-    if quiet:
+    else:
+        for notice in notices:
+            click.echo(f"notice: {notice}", err=True)
+    if sys.stdout is None:  # closed by the caller, who wants no result
         return
-    for notice in notices:
-        print(f"notice: {notice}", file=sys.stderr)
-    click.echo(text)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as failure:
+        raise unprinted(failure) from None
+
+
+def unprinted(failure: OSError) -> WriteFailed:
+    """The error of a result that standard output does not take."""
+    return WriteFailed(
+        "cannot write to standard output",
+        why=failure.strerror or str(failure),
+        hint="an output folder that was asked for with -o is in place; only the text about it was not printed",
+        slug="stdout",
+    )
 
 
 @root.command()
@@ -92,7 +110,7 @@ def inspect(src: str, alpha: float | None, verbose: bool, as_json: bool, quiet: 
 @_output_options
 def sat2diffusers(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Convert a SAT run (folder or .pt) to what diffusers loads at the trained strength."""
-    from loraconv.convert import sat2diffusers as run
+    from loraconv.conversion import sat2diffusers as run
 
     _converted(run(**options), as_json, quiet)
 
@@ -105,7 +123,7 @@ def sat2diffusers(as_json: bool, quiet: bool, debug: bool, **options: Any) -> No
 @_output_options
 def convert(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Convert an adapter from any known format to any other."""
-    from loraconv.convert import convert as run
+    from loraconv.conversion import convert as run
 
     _converted(run(**options), as_json, quiet)
 
@@ -133,7 +151,7 @@ def formats(name: str | None, as_json: bool, quiet: bool, debug: bool) -> None:
 @_output_options
 def demo(out: str | None, as_json: bool, quiet: bool, debug: bool) -> None:
     """Do the main job on a checkpoint that ships with loraconv: inspect, convert, prove."""
-    from loraconv.demo import demo as run
+    from loraconv.demonstration import demo as run
     from loraconv.report import text
 
     result = run(out=out)

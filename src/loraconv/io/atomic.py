@@ -2,9 +2,9 @@
 
 Everything is written into a temporary sibling ``.NAME.PID-RANDOM.part`` of the target NAME, which is locked with
 ``flock``, so that a later run can tell the remains of a dead process from the work of a living one. Each file is
-checked for length and fsynced, then each folder is fsynced, then one rename publishes the whole, then the parent
-folder is fsynced. An old output is swapped with the new one (``renameat2(RENAME_EXCHANGE)``) and deleted afterwards.
-Where the file system cannot swap (NFS, some FUSE), the old folder is moved aside to ``.NAME.PID-RANDOM.old`` first:
+checked for length when it is complete; at the end each file and then each folder is fsynced, then one rename publishes
+the whole, then the parent folder is fsynced. An old output is swapped with the new one
+(``renameat2(RENAME_EXCHANGE)``) and deleted afterwards. Where the file system cannot swap (NFS, some FUSE), the old folder is moved aside to ``.NAME.PID-RANDOM.old`` first:
 for the time between two renames there is no target, and a process killed right there leaves it to the next run to
 move the old folder back.
 
@@ -26,15 +26,18 @@ import secrets
 import shutil
 import stat
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from loraconv.errors import UsageError, WriteFailed
+from loraconv.io.input_file import InputFile
 from loraconv.lazy import PIECE_BYTES
-from loraconv.names import human_bytes, printable
+from loraconv.names import human_bytes, printable, quoted
 
 #: The manifest of every output; a folder without a valid one was not written by loraconv and is never replaced.
 MANIFEST = "loraconv.json"
@@ -50,9 +53,12 @@ _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 # EPERM: what old container sandboxes answer to a call they do not know.
 _NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
+# copy_file_range between these files, or at all, is not to be had.
+_NO_COPY = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.ETXTBSY, errno.EXDEV}
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 
 Inode = tuple[int, int]
+Algorithm = Literal["sha256", "crc32"]
 
 
 @contextmanager
@@ -89,23 +95,24 @@ class OutputFolder:
         self._lock: int | None = None
         self._parents: list[Path] = []
         self._folders: list[Path] = []
+        self._files: list[OutputFile] = []
         self._unfinished: set[str] = set()
         self._keep_old = False
         self._choose_names()
 
     @contextmanager
-    def file(self, relative: str) -> Iterator[OutputFile]:
-        """A new file of the folder, complete and on disk when the block ends.
+    def file(self, relative: str, *, algorithm: Algorithm = "sha256") -> Iterator[OutputFile]:
+        """A new file of the folder, complete when the block ends and on disk when the folder takes its place.
+
+        ``algorithm`` is that of its checksum: ``crc32`` costs a third of ``sha256`` and finds damage, not forgery.
 
         Raises :class:`WriteFailed`, and ValueError for a name that is not a plain relative one.
         """
         self._unfinished.add(relative)
-        output = OutputFile(self._make_room(relative), self._target / relative, self._needed)
-        try:
-            yield output
-            output._finish()
-        finally:
-            output._close()
+        output = OutputFile(self._make_room(relative), self._target / relative, self._needed, algorithm)
+        self._files.append(output)
+        yield output
+        output._finish()
         self._unfinished.discard(relative)
 
     def _choose_names(self) -> None:
@@ -148,6 +155,8 @@ class OutputFolder:
     def _commit(self) -> None:
         if self._unfinished:
             raise RuntimeError(f"files that were not completed: {sorted(self._unfinished)}")
+        for file in self._files:
+            file._sync()
         with _reported(self._target, self._needed):
             for folder in reversed(self._folders):
                 mode = _mode(self._target / folder.relative_to(self.path), stat.S_IFDIR)
@@ -191,13 +200,15 @@ class OutputFolder:
                 raise WriteFailed(
                     f"{_shown(self._target)} is written, but the output it replaced could not be deleted",
                     where=_shown(old),
-                    hint=f"rm -r {_shown(old)}",
+                    hint=f"rm -r {quoted(old)}",
                     slug="old-remains",
                 )
         self._unlock()
 
     def _discard(self) -> None:
         """Remove what is not in place; after the swap that is the old output, before it the new one."""
+        for file in self._files:
+            file._close()
         if not self._keep_old:
             shutil.rmtree(self.path, ignore_errors=True)
             _put_back(self._aside, self._target)
@@ -213,15 +224,23 @@ class OutputFolder:
 
 
 class OutputFile:
-    """A file under construction at ``path``; ``size`` counts its bytes, ``sha256`` is set when it is complete."""
+    """A file under construction at ``path``; ``size`` counts its bytes, ``checksum`` is taken of them."""
 
-    def __init__(self, path: Path, final: Path, needed: int) -> None:
-        self.path, self.size, self.sha256 = path, 0, ""
+    def __init__(self, path: Path, final: Path, needed: int, algorithm: Algorithm) -> None:
+        self.path, self.size, self.algorithm = path, 0, algorithm
         self._final, self._needed = final, needed
         self._flushed = 0
-        self._hash = _Hash()
+        self._hash = _Hash(algorithm)
         with _reported(final, needed):
             self._fd = os.open(path, _NEW_FILE, 0o666)
+
+    @property
+    def checksum(self) -> str:
+        """The checksum in hexadecimal, once the file is complete; waits for the thread that computes it.
+
+        Raises what reading a copied input again raises.
+        """
+        return self._hash.finish()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append ``data``. Raises :class:`WriteFailed`; the file cannot be completed after that."""
@@ -239,64 +258,156 @@ class OutputFile:
             self._close()
             raise
 
+    def copy(self, source: InputFile, offset: int, count: int) -> None:
+        """Append ``count`` bytes of an input file, inside the kernel where it can.
+
+        Raises :class:`WriteFailed`, and :class:`CorruptCheckpoint` where the input is too short.
+        """
+        try:
+            while count:
+                size = min(count, WRITEBACK_BYTES)
+                self._hash.update_from(source, offset, size)
+                self._copy_range(source, offset, size)
+                offset, count = offset + size, count - size
+        except BaseException:
+            self._close()
+            raise
+
+    def _copy_range(self, source: InputFile, offset: int, count: int) -> None:
+        while count:
+            done = _copied_in_kernel(source, self._fd, offset, count, self._final, self._needed)
+            if done:
+                self.size += done
+                self._write_back()
+            else:
+                piece = source.pread(offset, min(count, PIECE_BYTES))
+                done = len(piece)
+                self._append(memoryview(piece))
+            offset, count = offset + done, count - done
+
     def _append(self, piece: memoryview) -> None:
         with _reported(self._final, self._needed):
             while piece:
                 count = os.write(self._fd, piece)
                 self.size += count
                 piece = piece[count:]
+        self._write_back()
+
+    def _write_back(self) -> None:
         if self.size - self._flushed >= WRITEBACK_BYTES:
             _start_writeback(self._fd, self._flushed, self.size - self._flushed)
             self._flushed = self.size
 
     def _finish(self) -> None:
-        digest = self._hash.finish()
+        """Nothing more will be written: check the length, set the mode, let the disk begin."""
         with _reported(self._final, self._needed):
             if os.fstat(self._fd).st_size != self.size:
                 raise OSError(errno.EIO, "the file is not as long as what was written to it")
             mode = _mode(self._final, stat.S_IFREG)
             if mode is not None:
                 os.fchmod(self._fd, mode & 0o777)
+        _start_writeback(self._fd, self._flushed, self.size - self._flushed)
+
+    def _sync(self) -> None:
+        with _reported(self._final, self._needed):
             os.fsync(self._fd)
             self._close()
-        self.sha256 = digest
 
     def _close(self) -> None:
-        self._hash.finish()
+        self._hash.stop()
         descriptor, self._fd = self._fd, -1
         if descriptor >= 0:
             os.close(descriptor)
 
 
-class _Hash:
-    """SHA-256 of the pieces it is fed; from 4 MiB on a thread computes it while the caller goes on writing."""
+def _copied_in_kernel(source: InputFile, descriptor: int, offset: int, count: int, final: Path, needed: int) -> int:
+    """How many bytes ``copy_file_range`` appended; 0 where this file system or kernel cannot."""
+    try:
+        return os.copy_file_range(source.fileno(), descriptor, count, offset)
+    except OSError as error:
+        if error.errno in _NO_COPY:
+            return 0
+        raise _write_failed(final, error, needed) from None
+
+
+Range = tuple[InputFile, int, int]
+
+
+class _Crc32:
+    """CRC-32 with the interface of a hash."""
 
     def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+        self._value = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        self._value = zlib.crc32(data, self._value)
+
+    def hexdigest(self) -> str:
+        return f"{self._value:08x}"
+
+
+class _Hash:
+    """The checksum of what it is fed; from 4 MiB on a thread computes it while the caller goes on.
+
+    A copied range is read a second time by the thread, so that its bytes never pass through the caller.
+    """
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self._hash = hashlib.sha256() if algorithm == "sha256" else _Crc32()
         self._fed = 0
-        self._pieces: queue.Queue[bytes | memoryview | None] = queue.Queue(QUEUED_PIECES)
+        self._queue: queue.Queue[bytes | memoryview | Range | None] = queue.Queue(QUEUED_PIECES)
         self._thread: threading.Thread | None = None
+        self._stopped = False
+        self._error: Exception | None = None
 
     def update(self, piece: bytes | memoryview) -> None:
-        self._fed += len(piece)
+        self._take(piece, len(piece))
+
+    def update_from(self, source: InputFile, offset: int, count: int) -> None:
+        self._take((source, offset, count), count)
+
+    def _take(self, item: bytes | memoryview | Range, count: int) -> None:
+        self._fed += count
         if self._thread is None and self._fed < PIECE_BYTES:
-            self._hash.update(piece)
+            self._digest(item)
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, daemon=True)
             self._thread.start()
-        self._pieces.put(piece)
+        self._queue.put(item)
 
     def finish(self) -> str:
         """Wait for the thread, which then ends; the digest so far. A second call does nothing more."""
         if self._thread is not None and self._thread.is_alive():
-            self._pieces.put(None)
+            self._queue.put(None)
             self._thread.join()
+        if self._error is not None:
+            raise self._error
         return self._hash.hexdigest()
 
+    def stop(self) -> None:
+        """End the thread as soon as it has finished the piece in its hands; for a file that is given up or done."""
+        self._stopped = True
+        with suppress(Exception):
+            self.finish()
+
     def _work(self) -> None:
-        while (piece := self._pieces.get()) is not None:
-            self._hash.update(piece)
+        while (item := self._queue.get()) is not None:
+            if self._error is None and not self._stopped:
+                try:
+                    self._digest(item)
+                except Exception as error:  # carried to the caller's thread by finish()
+                    self._error = error
+
+    def _digest(self, item: bytes | memoryview | Range) -> None:
+        if not isinstance(item, tuple):
+            self._hash.update(item)
+            return
+        source, offset, count = item
+        for start in range(offset, offset + count, PIECE_BYTES):
+            if self._stopped:
+                return
+            self._hash.update(source.pread(start, min(PIECE_BYTES, offset + count - start)))
 
 
 def _resolve(target: str | Path) -> Path:
@@ -551,7 +662,7 @@ def _reported(path: Path, needed: int = 0) -> Iterator[None]:
 
 def _write_failed(path: Path, error: OSError, needed: int) -> WriteFailed:
     why, slug = error.strerror or str(error), "write-failed"
-    folder = _shown(_existing(path.parent))
+    folder = quoted(_existing(path.parent))
     hint = f"choose another folder with -o, or look at this one: ls -ld {folder}"
     if error.errno in _NO_SPACE:
         slug, hint = "no-space", f"free some space: df -h {folder}"

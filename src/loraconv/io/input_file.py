@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from loraconv.errors import CorruptCheckpoint, UsageError
-from loraconv.names import printable
+from loraconv.names import printable, quoted
 
 
 class InputFile:
@@ -29,16 +29,16 @@ class InputFile:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             raise UsageError(
-                f"no such file: {self.shown}", slug="not-found", hint=f"ls {printable(str(self.path.parent))}"
+                f"no such file: {self.shown}", slug="not-found", hint=f"ls {quoted(self.path.parent)}"
             ) from None
         except (OSError, ValueError) as error:
             raise UsageError(
-                f"cannot open {self.shown}", why=str(error), slug="unreadable", hint=f"ls -l {self.shown}"
+                f"cannot open {self.shown}", why=str(error), slug="unreadable", hint=f"ls -l {quoted(self.path)}"
             ) from None
         info = os.fstat(self._fd)
         if not stat.S_ISREG(info.st_mode):
             os.close(self._fd)
-            raise UsageError(f"not a regular file: {self.shown}", slug="not-regular", hint=f"file {self.shown}")
+            raise UsageError(f"not a regular file: {self.shown}", slug="not-regular", hint=f"file {quoted(self.path)}")
         self.size = info.st_size
         self._identity = self._snapshot(info)
 
@@ -110,5 +110,7 @@ class InputFile:
     def __enter__(self) -> InputFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

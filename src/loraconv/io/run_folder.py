@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loraconv.errors import CorruptCheckpoint, FormatError, UsageError
 from loraconv.io.sidecar import read_text
-from loraconv.names import printable
+from loraconv.names import printable, quoted
 from loraconv.rules import RunLayout
 
 _ITERATION = re.compile(r"[0-9]{1,12}(-[A-Za-z]{1,16})?")
@@ -50,7 +50,7 @@ def find_run(path: Path, layout: RunLayout) -> RunFiles | None:
         raise UsageError(
             f"{printable(str(path))} has several iterations and no '{layout.pointer}' file",
             why=f"found {', '.join(iterations)}",
-            hint=f"pass one of them: {printable(str(path / iterations[-1]))}",
+            hint=f"pass one of them: {quoted(path / iterations[-1])}",
             slug="iteration-ambiguous",
         )
     notice = f"no '{layout.pointer}' file; the only iteration, {iterations[0]}, was taken"
@@ -79,7 +79,7 @@ def _from_pointer(path: Path, pointer: Path, iterations: list[str], layout: RunL
         raise CorruptCheckpoint(
             f"{where} names iteration {name}, which is not there",
             why=f"found {', '.join(iterations) or 'no iteration'}",
-            hint=f"pass the iteration folder yourself: {printable(str(path / (iterations or [name])[-1]))}",
+            hint=f"pass the iteration folder yourself: {quoted(path / (iterations or [name])[-1])}",
             slug="pointer",
         )
     return _from_iteration(path / name, layout)

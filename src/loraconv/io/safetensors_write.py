@@ -7,10 +7,10 @@ made here: names and metadata sorted, tensors in the library's own order (wide d
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from loraconv.io.atomic import OutputFile
-from loraconv.lazy import Lazy, nbytes
+from loraconv.lazy import Lazy, nbytes, spans
 from loraconv.names import DTYPE_BYTES
 
 Named = tuple[str, Lazy]
@@ -38,15 +38,12 @@ def write_safetensors(file: OutputFile, tensors: Iterable[Named], metadata: Mapp
     """Stream the header and every tensor into ``file``; raises what ``file.write`` raises."""
     ordered = in_order(tensors)
     file.write(header_bytes(ordered, metadata))
-    for piece in _pieces(ordered):
-        file.write(piece)
-
-
-def _pieces(ordered: list[Named]) -> Iterator[bytes]:
     for name, tensor in ordered:
-        count = 0
-        for piece in tensor.pieces():
-            count += len(piece)
-            yield piece
-        if count != nbytes(tensor):
-            raise RuntimeError(f"{name}: {count} bytes were made, {nbytes(tensor)} were declared")
+        start = file.size
+        for ref in spans(tensor) or ():
+            file.copy(ref.file, ref.offset, nbytes(ref))
+        if spans(tensor) is None:
+            for piece in tensor.pieces():
+                file.write(piece)
+        if file.size - start != nbytes(tensor):
+            raise RuntimeError(f"{name}: {file.size - start} bytes were made, {nbytes(tensor)} were declared")

@@ -7,20 +7,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-from loraconv.errors import CorruptCheckpoint, UnsafeCheckpoint
+from loraconv.errors import CorruptCheckpoint
+from loraconv.io import yaml_read
 from loraconv.io.input_file import InputFile
+from loraconv.names import printable, quoted
 
 MAX_BYTES = 4 << 20
 
 
-def read_text(path: str | Path) -> str:
-    """A small UTF-8 file; raises :class:`CorruptCheckpoint` if it is larger than 4 MiB or not text."""
+def read_text(path: str | Path, limit: int = MAX_BYTES) -> str:
+    """A small UTF-8 file; raises :class:`CorruptCheckpoint` if it is larger than ``limit`` bytes or not text."""
     with InputFile(path) as file:
-        if file.size > MAX_BYTES:
+        if file.size > limit:
             raise CorruptCheckpoint(
                 f"{file.shown} is far too large for what its name says",
-                why=f"{file.size} bytes, at most {MAX_BYTES} are read",
-                hint=f"head -c 300 {file.shown}",
+                why=f"{file.size} bytes, at most {limit} are read",
+                hint=f"head -c 300 {quoted(path)}",
             )
         raw = file.pread(0, file.size)
         file.check_unchanged()
@@ -32,22 +34,11 @@ def read_text(path: str | Path) -> str:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file whose root is a mapping. No tag is ever run: a tagged file is refused as unsafe."""
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    text = read_text(path)
+    text = read_text(path, yaml_read.MAX_BYTES)
     try:
-        value = yaml.load(text, Loader=loader)  # a safe loader: it builds plain data only
-    except yaml.constructor.ConstructorError as error:
-        raise UnsafeCheckpoint(
-            f"{path} uses YAML tags or keys that plain data does not need",
-            why=str(error.problem or error),
-            hint="remove the tagged lines, or move the file away and pass --alpha",
-            slug="yaml-tag",
-        ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
-    return _mapping(path, value)
+        return _mapping(path, yaml_read.parse_yaml(text, printable(str(path), 1000)))
+    except yaml_read.BadYaml as error:
+        raise _damaged(path, str(error)) from None
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -87,7 +78,7 @@ def _mapping(path: str | Path, value: Any) -> dict[str, Any]:
 
 def _damaged(path: str | Path, why: str) -> CorruptCheckpoint:
     return CorruptCheckpoint(
-        f"cannot read {os.fspath(path)}",
+        f"cannot read {printable(os.fspath(path), 1000)}",
         why=why,
         hint="restore the file as the trainer wrote it, or move it away and pass its values as options",
     )

@@ -9,7 +9,8 @@ from loraconv.names import human_bytes, printable
 
 if TYPE_CHECKING:
     from loraconv.catalog import FormatInfo
-    from loraconv.convert import ConvertResult
+    from loraconv.conversion import ConvertResult
+    from loraconv.demonstration import DemoResult
     from loraconv.describe import AdapterFacts, Summary
     from loraconv.errors import LoraconvError
     from loraconv.verify.proof import Proof
@@ -39,7 +40,9 @@ def _summary_lines(result: Summary, verbose: bool) -> Iterator[str]:
     else:
         yield _line("LoRA", "none")
     for number, group in enumerate(result.contents):
-        count = f"{group.tensors} tensors, {human_bytes(group.bytes)}" if group.tensors else f"{len(group.names)} entries"
+        count = (
+            f"{group.tensors} tensors, {human_bytes(group.bytes)}" if group.tensors else f"{len(group.names)} entries"
+        )
         yield _line("contents" if not number else "", f"{group.what}: {count}")
         if verbose:
             yield from (_line("", f"  {name}") for name in group.names)
@@ -62,7 +65,8 @@ def conversion(result: ConvertResult) -> str:
     if result.dry_run:
         return plan(result)
     lines = [
-        f"wrote   {printable(str(result.out / file.name), 1000)}  {human_bytes(file.bytes)}  sha256 {file.sha256}"
+        f"wrote   {printable(str(result.out / file.name), 1000)}"
+        f"  {human_bytes(file.bytes)}  {file.algorithm} {file.checksum}"
         for file in result.files
         if not file.name.endswith((".json", ".yaml", "latest"))
     ]
@@ -95,6 +99,30 @@ def next_step(result: ConvertResult) -> str:
     if result.to == "sat":
         return f"loraconv inspect {out}"
     return f'pipe.load_lora_weights("{out}")'
+
+
+def demonstration(result: DemoResult) -> str:
+    """The text of ``loraconv demo``."""
+    forward = result.forward
+    verdict = "equal" if forward.passed else "NOT EQUAL"
+    return "\n".join(
+        [
+            "A LoRA checkpoint as SAT and DeepSpeed write it (CogVideoX-2B in tiny, two real training steps):",
+            "",
+            summary(result.inspected),
+            "",
+            "Converted to diffusers, LoRA and base:",
+            "",
+            conversion(result.converted),
+            "",
+            "Loaded in diffusers and run on the inputs that were recorded from the real SAT model:",
+            "",
+            _line("with LoRA", f"{forward.live:.1e} relative L2 error (bound {forward.bound:.0e})"),
+            _line("base alone", f"{forward.base:.1e}"),
+            _line("LoRA off", f"{forward.effect:.1e} is what a LoRA that does nothing would score"),
+            _line("verdict", verdict),
+        ]
+    )
 
 
 def plan(result: ConvertResult) -> str:

@@ -126,9 +126,7 @@ def _plain_or_original(tensors: Tensors, module: str, param: str) -> TensorRef:
     return tensors[original] if original in tensors else tensors[f"{module}.{param}"]
 
 
-def prove_base(
-    ranks: list[Tensors], stored: Mapping[str, Lazy], config: Mapping[str, Any], dtype: str | None
-) -> Proof:
+def prove_base(ranks: list[Tensors], stored: Mapping[str, Lazy], config: Mapping[str, Any], dtype: str | None) -> Proof:
     """Compare what is on disk with the source; ``dtype`` is set where the user asked for a cast."""
     shapes = model_shapes(config)
     names = _names(shapes, stored)
@@ -185,7 +183,9 @@ Spoil = Callable[[], dict[str, Tensor]]
 def _mistakes(stored: Mapping[str, Lazy]) -> Iterator[tuple[str, Spoil]]:
     """Each deliberate mistake as the tensors it would leave behind (of the first block, to stay cheap)."""
     block = "transformer_blocks.0."
-    q, k, out, adaln = (block + n for n in ("attn1.to_q.weight", "attn1.to_k.weight", "attn1.to_out.0.weight", "norm1.linear.weight"))
+    q, k, out, adaln = (
+        block + n for n in ("attn1.to_q.weight", "attn1.to_k.weight", "attn1.to_out.0.weight", "norm1.linear.weight")
+    )
     later = "transformer_blocks.1.attn1.to_q.weight"
 
     def changed(name: str, how: Callable[[Any], Any]) -> dict[str, Tensor]:

@@ -59,7 +59,10 @@ def _changes_nothing(spoilt: Spoilt) -> bool:
         if pair.shape != other.shape:
             return False
         one, two = values(pair.up) * float(pair.scale), values(other.up) * float(other.scale)
-        if not (np.array_equal(one, two, equal_nan=True) and np.array_equal(values(pair.down), values(other.down), equal_nan=True)):
+        if not (
+            np.array_equal(one, two, equal_nan=True)
+            and np.array_equal(values(pair.down), values(other.down), equal_nan=True)
+        ):
             return False
     return True
 
@@ -76,7 +79,10 @@ def _mistakes(stored: Pairs) -> Iterator[tuple[str, Spoilt | None]]:
     yield "factors transposed", Spoilt(one, {first: Pair(_flipped(pair.up), _flipped(pair.down), pair.scale)})
     yield "layers shifted by one", _shifted(stored)
     yield "up zeroed", Spoilt(one, {first: replace(pair, up=Held(values(pair.up) * 0, pair.up.dtype))})
-    yield "stored in a lower precision", Spoilt(one, {first: replace(pair, up=Held(coarse(values(pair.up)), pair.up.dtype))})
+    yield (
+        "stored in a lower precision",
+        Spoilt(one, {first: replace(pair, up=Held(coarse(values(pair.up)), pair.up.dtype))}),
+    )
 
 
 def _swapped(stored: Pairs) -> Spoilt | None:

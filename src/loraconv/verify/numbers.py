@@ -63,43 +63,62 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """``equal``: the same numbers. Else ``within`` half a unit in the last place or not, with error and bound."""
+    """``equal``: the same numbers. Else ``within`` half a unit in the last place of them, or not."""
 
     equal: bool
     within: bool
-    error: float = 0.0
-    bound: float = 0.0
 
 
 def compare(expected: Pair, stored: Pair) -> Outcome:
     """Whether ``stored`` is ``expected``, element by element of both factors, the scale counted into ``up``."""
-    import numpy as np
-
     if expected.shape != stored.shape:
-        return Outcome(False, False, float("inf"))
-    ratio, exact_ratio = _ratio(expected.scale, stored.scale)
-    down, kept_down, down_same = _sides(expected.down, stored.down, 1.0, True)
-    up, kept_up, up_same = _sides(expected.up, stored.up, ratio, exact_ratio)
-    if down_same and up_same:
+        return Outcome(False, False)
+    ratio, exact = _ratio(expected.scale, stored.scale)
+    if (
+        _same(_rescaled(expected.up, ratio), values(stored.up))
+        and exact
+        and _same(values(expected.down), values(stored.down))
+    ):
         return Outcome(True, True)
-    down_slack, up_slack = slack(down, stored.down.dtype), slack(up, stored.up.dtype)
-    if not exact_ratio:
-        up_slack = up_slack + np.abs(up) * 2.0**-52
-    within = _near(down, kept_down, down_slack) and _near(up, kept_up, up_slack)
+    down, up = values(expected.down), _rescaled(expected.up, ratio)
+    near_down = _near(down, values(stored.down), slack(down, stored.down.dtype))
+    return Outcome(False, near_down and _near(up, values(stored.up), _up_slack(up, stored.up.dtype, exact)))
+
+
+def relative_error(expected: Pair, stored: Pair) -> tuple[float, float]:
+    """``(error, bound)`` of the stored delta in the Frobenius norm, relative to the expected one, both in float64.
+
+    The bound is what half a unit in the last place of every stored number can make of it. An expected delta of zero
+    gives both as absolute values.
+    """
+    if expected.shape != stored.shape:
+        return float("inf"), 0.0
+    ratio, exact = _ratio(expected.scale, stored.scale)
+    down, up = values(expected.down), _rescaled(expected.up, ratio)
     size = product_norm(up, down)
-    error = difference_norm(up, down, kept_up, kept_down)
-    room = _norm(up_slack) * _norm(down) + _norm(up) * _norm(down_slack) + _norm(up_slack) * _norm(down_slack)
-    return Outcome(False, within, error / size if size else error, room / size if size else room)
+    error = difference_norm(up, down, values(stored.up), values(stored.down))
+    d_up, d_down = _norm(_up_slack(up, stored.up.dtype, exact)), _norm(slack(down, stored.down.dtype))
+    room = d_up * _norm(down) + _norm(up) * d_down + d_up * d_down
+    return (error / size, room / size) if size else (error, room)
 
 
-def _sides(expected: Tensor, stored: Tensor, ratio: float, exact: bool) -> tuple[Array, Array, bool]:
+def _rescaled(up: Tensor, ratio: float) -> Array:
+    array = values(up)
+    return array if ratio == 1.0 else array * ratio
+
+
+def _same(one: Array, other: Array) -> bool:
+    """Equal numbers, NaN where the other is NaN."""
     import numpy as np
 
-    one, other = values(expected), values(stored)
-    if ratio != 1.0:
-        one = one * ratio
-    same = exact and bool(np.array_equal(one, other, equal_nan=True))
-    return one, other, same
+    return bool(np.array_equal(one, other) or np.array_equal(one, other, equal_nan=True))
+
+
+def _up_slack(up: Array, dtype: str, exact: bool) -> Array:
+    import numpy as np
+
+    # A ratio that float64 cannot hold exactly adds its own rounding and that of the product.
+    return slack(up, dtype) if exact else slack(up, dtype) + np.abs(up) * 2.0**-52
 
 
 def _ratio(expected: Fraction | float, stored: Fraction | float) -> tuple[float, bool]:
@@ -139,7 +158,11 @@ def product_norm(up: Array, down: Array) -> float:
     """``|| up @ down ||_F`` through the triangular factors of both."""
     import numpy as np
 
-    return _norm(np.linalg.qr(up, mode="r") @ np.linalg.qr(down.T, mode="r").T) if np.isfinite(up).all() else np.inf
+    if not (np.isfinite(up).all() and np.isfinite(down).all()):
+        return float("inf")
+    left = np.asarray(np.linalg.qr(up, mode="r"))
+    right = np.asarray(np.linalg.qr(down.T, mode="r"))
+    return _norm(left @ right.T)
 
 
 def difference_norm(up: Array, down: Array, other_up: Array, other_down: Array) -> float:
@@ -148,8 +171,6 @@ def difference_norm(up: Array, down: Array, other_up: Array, other_down: Array) 
 
     stacked_up = np.concatenate([up, -other_up], axis=1)
     stacked_down = np.concatenate([down, other_down], axis=0)
-    if not (np.isfinite(stacked_up).all() and np.isfinite(stacked_down).all()):
-        return float("inf")
     return product_norm(stacked_up, stacked_down)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from loraconv.lazy import TensorRef, read
-from loraconv.verify.numbers import Held, Pair
+from loraconv.verify.numbers import Held, Pair, difference_norm, product_norm, values
 
 _SAT_FACTOR = re.compile(
     r"model\.diffusion_model\.transformer\.layers\.(\d+)\.attention\.(query_key_value|dense)\.matrix_([AB])\.(\d+)"
@@ -31,7 +31,7 @@ Tensors = Mapping[str, TensorRef]
 
 
 def sat_pairs(ranks: list[Tensors], settings: Mapping[str, Any] | None, alpha: Fraction | None) -> dict[str, Pair]:
-    """SAT: ``W + (lora_alpha / r) * matrix_B.n @ matrix_A.n``, n = 0, 1, 2 being q, k, v; ``lora_alpha`` is 1 unless set.
+    """SAT: ``W + (lora_alpha / r) * matrix_B.n @ matrix_A.n``; n = 0, 1, 2 is q, k, v; ``lora_alpha`` is 1 unless set.
 
     With several model-parallel ranks: the mean over ranks of what each of them added (see :func:`_mean_over_ranks`).
     """
@@ -70,10 +70,34 @@ def _mean_over_ranks(sides: list[dict[str, TensorRef]], kind: str, alpha: Fracti
     downs, ups = [read(s["A"]) for s in sides], [read(s["B"]) for s in sides]
     dtype_a, dtype_b = sides[0]["A"].dtype, sides[0]["B"].dtype
     if kind == "query_key_value":
-        down, up = sum(downs) / count, np.concatenate(ups, axis=0)
+        down, up = np.sum(downs, axis=0) / count, np.concatenate(ups, axis=0)
     else:
-        down, up = np.concatenate(downs, axis=1), sum(ups) / count / count
+        down, up = np.concatenate(downs, axis=1), np.sum(ups, axis=0) / count / count
     return Pair(Held(down, dtype_a), Held(up, dtype_b), alpha / down.shape[0])
+
+
+def rank_distances(ranks: list[Tensors]) -> dict[str, float]:
+    """How far the nearest single adapter is from what the ranks computed: projection -> relative Frobenius error of
+    the delta, the worst over layers and ranks. A rank is compared in the rows or columns that it held."""
+    found = [_sat_factors(tensors) for tensors in ranks]
+    worst: dict[str, float] = {}
+    for key in found[0]:
+        sides = [f[key] for f in found]
+        merged = _mean_over_ranks(sides, key[1], Fraction(1))
+        up, down = values(merged.up), values(merged.down)
+        for number, own in enumerate(sides):
+            own_up, own_down = read(own["B"]), read(own["A"])
+            if key[1] == "query_key_value":
+                rows = slice(number * own_up.shape[0], (number + 1) * own_up.shape[0])
+                gap = difference_norm(own_up, own_down, up[rows], down)
+            else:
+                whole = down * 0
+                whole[:, number * own_down.shape[1] : (number + 1) * own_down.shape[1]] = own_down
+                gap = difference_norm(own_up, whole, up, down)
+            size = product_norm(own_up, own_down)
+            name = _SAT_MODULES[key[1], key[2]]
+            worst[name] = max(worst.get(name, 0.0), gap / size if size else gap)
+    return worst
 
 
 def _sat_alpha(settings: Mapping[str, Any] | None) -> Fraction:
@@ -84,7 +108,7 @@ def _sat_alpha(settings: Mapping[str, Any] | None) -> Fraction:
 
 
 def diffusers_pairs(tensors: Tensors, metadata: Mapping[str, str], alpha: Fraction | None) -> dict[str, Pair]:
-    """diffusers: peft's rule with the header's ``lora_adapter_metadata`` (finetrainers: ``lora_config``), else scale 1."""
+    """diffusers: peft's rule on the header's ``lora_adapter_metadata`` (or finetrainers' ``lora_config``); else 1."""
     text = metadata.get("lora_adapter_metadata")
     config: dict[str, Any] = {}
     if text is not None:
