@@ -10,6 +10,7 @@ import io
 import json
 import os
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -88,12 +89,13 @@ def audit(every: int) -> dict[str, Any]:
 
 
 def measure(words: list[str]) -> dict[str, Any]:
-    """Run one command line under 2 GB of address space; seconds, and memory beyond the imports."""
+    """Run one command line under 2 GB of address space and 15 seconds; its time, and its memory beyond the imports."""
     import numpy  # noqa: F401  (part of the baseline)
     import yaml  # noqa: F401
 
     quietly(["inspect", "/nonexistent"])
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    signal.alarm(15)
     before, start = hostile._peak_kilobytes(), time.perf_counter()
     code, err = quietly(words)
     seconds = time.perf_counter() - start

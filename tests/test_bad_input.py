@@ -129,9 +129,7 @@ def test_an_adapter_cut_anywhere_is_refused(refusals: Refusals, lora: bytes) -> 
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(4000, marks=pytest.mark.slow)])
-def test_a_flipped_bit_never_changes_an_output(
-    refusals: Refusals, sat: Path, good: dict[str, str], count: int
-) -> None:
+def test_a_flipped_bit_never_changes_an_output(refusals: Refusals, sat: Path, good: dict[str, str], count: int) -> None:
     data = rank_file(sat).read_bytes()
     target = rank_file(Path(shutil.copytree(sat, refusals.inputs / "run")))
     codes: dict[int, int] = {}
@@ -183,7 +181,9 @@ def test_a_flipped_bit_in_the_base_is_always_found(refusals: Refusals, sat: Path
     from loraconv.source import open_source
 
     with open_source(rank_file(sat)) as source:
-        spans = [ref.storage for name, ref in source.tensors.items() if ".matrix_" not in name and "diffusion_model" in name]
+        spans = [
+            ref.storage for name, ref in source.tensors.items() if ".matrix_" not in name and "diffusion_model" in name
+        ]
         needed = [span for name, ref in source.tensors.items() if ".original." in name for span in [ref.storage]]
     assert needed
     assert set(needed) <= set(spans)
@@ -286,7 +286,16 @@ def test_no_malicious_file_executes_anything_in_any_command(every: int) -> None:
     assert result["left"] == []
 
 
-QUICK = {"deflated-member", "nested-zip", "stride-0-expand", "memo-laughs", "sparse-tail", "dup", "huge-dim-by-0", "long-length"}
+QUICK = {
+    "deflated-member",
+    "nested-zip",
+    "stride-0-expand",
+    "memo-laughs",
+    "sparse-tail",
+    "dup",
+    "huge-dim-by-0",
+    "long-length",
+}
 
 
 def bounded(line: list[str], codes: set[int]) -> None:
@@ -345,7 +354,9 @@ TAGS = {
 
 @every_command
 @pytest.mark.parametrize("tag", TAGS)
-def test_a_yaml_tag_is_never_run(refusals: Refusals, run: Path, monkeypatch: pytest.MonkeyPatch, tag: str, command: str) -> None:
+def test_a_yaml_tag_is_never_run(
+    refusals: Refusals, run: Path, monkeypatch: pytest.MonkeyPatch, tag: str, command: str
+) -> None:
     monkeypatch.chdir(refusals.inputs)
     for text in (f"x: {TAGS[tag]}\n", settings(f"{{r: 2, lora_alpha: {TAGS[tag]}}}"), TAGS[tag]):
         (run / "training_config.yaml").write_text(text)
@@ -487,7 +498,9 @@ POINTERS: dict[str, bytes] = {
 
 @every_command
 @pytest.mark.parametrize("pointer", POINTERS)
-def test_a_pointer_that_names_no_iteration_is_refused(refusals: Refusals, run: Path, pointer: str, command: str) -> None:
+def test_a_pointer_that_names_no_iteration_is_refused(
+    refusals: Refusals, run: Path, pointer: str, command: str
+) -> None:
     (run / "latest").write_bytes(POINTERS[pointer])
     done = refusals(command, run, CORRUPT)
     assert "latest" in done.err
@@ -535,7 +548,9 @@ IGNORED_NAMES = (
 
 @every_command
 @pytest.mark.parametrize("kind", HOSTILE_NAMES)
-def test_rank_files_that_do_not_fit_together_are_refused(refusals: Refusals, run: Path, kind: str, command: str) -> None:
+def test_rank_files_that_do_not_fit_together_are_refused(
+    refusals: Refusals, run: Path, kind: str, command: str
+) -> None:
     for name in HOSTILE_NAMES[kind]:
         shutil.copyfile(rank_file(run), run / "2" / name)
     for place in (run, run / "2", rank_file(run)):
@@ -552,7 +567,12 @@ def test_names_that_only_resemble_rank_files_are_ignored(refusals: Refusals, run
 
 @every_command
 def test_a_file_with_a_hostile_name_is_printed_harmlessly(refusals: Refusals, sat: Path, command: str) -> None:
-    names = [name for name in IGNORED_NAMES if len(name) < 200] + ["\x1b]0;pwned\x07.pt", "a\nerror: b", "\x9b31m", os.fsdecode(b"\xff\xfe")]
+    names = [name for name in IGNORED_NAMES if len(name) < 200] + [
+        "\x1b]0;pwned\x07.pt",
+        "a\nerror: b",
+        "\x9b31m",
+        os.fsdecode(b"\xff\xfe"),
+    ]
     for name in names:
         path = refusals.file(rank_file(sat).read_bytes(), name)
         assert refusals.either(command, path).code == 0
@@ -603,7 +623,20 @@ def test_a_real_device_node_is_not_read(refusals: Refusals, run: Path, command: 
 
 
 @every_command
-@pytest.mark.parametrize("path", ["/dev/zero", "/dev/null", "/dev/stdin", "/proc/self/mem", "/proc/self/environ", "", "x" * 5000, "a\0b", "/dev/null/x"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/dev/zero",
+        "/dev/null",
+        "/dev/stdin",
+        "/proc/self/mem",
+        "/proc/self/environ",
+        "",
+        "x" * 5000,
+        "a\0b",
+        "/dev/null/x",
+    ],
+)
 def test_a_path_that_is_no_file_is_refused(refusals: Refusals, command: str, path: str) -> None:
     refusals(command, path)
 
@@ -632,7 +665,13 @@ def test_an_unreadable_file_or_folder_is_refused(command: str) -> None:
         run = tiny_run(folder)
         settings = run / "training_config.yaml"
         lines = [argv("inspect", run)] if False else [["inspect", str(run)]]
-        cases = {"rank": rank_file(run), "iteration": run / "2", "settings": settings, "pointer": run / "latest", "run": run}
+        cases = {
+            "rank": rank_file(run),
+            "iteration": run / "2",
+            "settings": settings,
+            "pointer": run / "latest",
+            "run": run,
+        }
         for locked in cases.values():
             mode = stat.S_IMODE(locked.stat().st_mode)
             locked.chmod(0)
@@ -817,7 +856,9 @@ MALFORMED: dict[str, Maker] = {
     "a negative size": edited(shape=[-1, 2]),
     "a size with a fraction": edited(shape=[1.5, 2]),
     "a size that is true": edited(shape=[True, 2]),
-    "a size of 5000 digits": lambda h, b: joined(json.dumps(h).replace('"shape": [', '"shape": [1' + "0" * 5000 + ", ", 1), b),
+    "a size of 5000 digits": lambda h, b: joined(
+        json.dumps(h).replace('"shape": [', '"shape": [1' + "0" * 5000 + ", ", 1), b
+    ),
     "1000 dimensions": edited(shape=[1] * 1000),
     "a shape that is text": edited(shape="16"),
     "an unknown dtype": edited(dtype="F13"),
@@ -862,7 +903,9 @@ def test_a_hostile_tensor_name_is_printed_harmlessly(refusals: Refusals, lora: b
     header, body = parts(lora)
     path = refusals.file(ODD_NAMES[kind](header, body), WEIGHTS)
     for more in ((), ("--json",), ("-v",) if command == "inspect" else ("--dry-run",)):
-        done = refusals.cli(*argv(command, path, refusals.outputs / "result", *more, *([] if command == "inspect" else ["--overwrite"])))
+        done = refusals.cli(
+            *argv(command, path, refusals.outputs / "result", *more, *([] if command == "inspect" else ["--overwrite"]))
+        )
         assert done.code == (3 if command == "sat2diffusers" else 0), done
         assert harmless(done.out + done.err), ascii(done.out + done.err)
         assert not list(refusals.outputs.parent.parent.glob("etc*"))
@@ -886,7 +929,9 @@ def test_a_lora_with_hostile_module_names_is_printed_harmlessly(
 HEADER_BOMBS: dict[str, Callable[[], bytes]] = {
     "99 MB of spaces": lambda: b"{" + b" " * 99_000_000 + b"}",
     "10 MB of metadata": lambda: b'{"__metadata__": {"a": "' + b"x" * 10_000_000 + b'"}}',
-    "300,000 tensors": lambda: json.dumps({f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(300_000)}).encode(),
+    "300,000 tensors": lambda: json.dumps(
+        {f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(300_000)}
+    ).encode(),
     "30 million lists": lambda: b'{"a": [' + b"[]," * 30_000_000 + b"[]]}",
     "10 million keys": lambda: b"{" + b",".join(b'"%d":0' % n for n in range(8_000_000)) + b"}",
     "nested 99 million deep": lambda: b'{"a":' + b"[" * 99_000_000,
@@ -913,7 +958,11 @@ def with_metadata(lora: bytes, metadata: dict[str, str]) -> bytes:
 
 
 def adapter_metadata(**changes: Any) -> dict[str, str]:
-    return {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 2} | {f"transformer.{k}": v for k, v in changes.items()})}
+    return {
+        "lora_adapter_metadata": json.dumps(
+            {"transformer.r": 2, "transformer.lora_alpha": 2} | {f"transformer.{k}": v for k, v in changes.items()}
+        )
+    }
 
 
 REFUSED_METADATA: dict[str, dict[str, str]] = {
@@ -929,7 +978,9 @@ REFUSED_METADATA: dict[str, dict[str, str]] = {
     "alpha is infinite": adapter_metadata(lora_alpha=float("inf")),
     "alpha is 10^400": adapter_metadata(lora_alpha=10**400),
     "alpha is 1e300": adapter_metadata(lora_alpha=1e300),
-    "alpha has 5000 digits": {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": 1' + "0" * 5000 + "}"},
+    "alpha has 5000 digits": {
+        "lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": 1' + "0" * 5000 + "}"
+    },
     "r is negative": adapter_metadata(r=-2),
     "r is zero": adapter_metadata(r=0),
     "r is text": adapter_metadata(r="2"),
@@ -1032,7 +1083,9 @@ def test_an_adapter_config_that_makes_no_sense_is_refused(
     loraconv.convert(sat, out=folder, to="peft")
     (folder / "adapter_config.json").write_text(config)
     for place in (folder, folder / "adapter_model.safetensors"):
-        done = refusals.cli(*argv(command, place, refusals.outputs / "result", *([] if command == "inspect" else ["--dtype", "fp32"])))
+        done = refusals.cli(
+            *argv(command, place, refusals.outputs / "result", *([] if command == "inspect" else ["--dtype", "fp32"]))
+        )
         assert harmless(done.out + done.err)
         if done.code == 0:
             assert command == "inspect"

@@ -114,7 +114,9 @@ def test_every_command_has_the_same_output_options(name: str) -> None:
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
-SUMMARY = set("schema path container ranks bytes dialect reason model config adapter problem contents notices next".split())
+SUMMARY = set(
+    "schema path container ranks bytes dialect reason model config adapter problem contents notices next".split()
+)
 ADAPTER = set("ranks alphas alpha_sources scales targets modules layers dtypes".split())
 GROUP = set("what tensors bytes names".split())
 CONVERSION = set("schema out to dry_run source files plan notices proofs".split())
@@ -283,7 +285,9 @@ print("imported", code, *sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.std
 
 
 @pytest.mark.parametrize("words", [["--help"], ["inspect", "--help"], ["formats"], ["inspect"], ["inspect", "--json"]])
-def test_help_formats_and_inspect_import_none_of_the_heavy_libraries(sat: Path, adapter: Path, words: list[str]) -> None:
+def test_help_formats_and_inspect_import_none_of_the_heavy_libraries(
+    sat: Path, adapter: Path, words: list[str]
+) -> None:
     sources = [sat, adapter] if words[0] == "inspect" and "--help" not in words else [None]
     for source in sources:
         done = launch([*words, *([source] if source else [])], code=IMPORTED)

@@ -395,6 +395,7 @@ UNHELD = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # peft, about its own bias tensors
 @pytest.mark.parametrize("to", ["diffusers", "peft", "sat"])
 @pytest.mark.parametrize("kind", UNHELD)
 def test_what_is_no_plain_lora_is_refused_and_never_dropped(kind: str, to: str, tmp_path: Path) -> None:
@@ -492,7 +493,7 @@ def test_any_adapter_keeps_its_delta_within_one_rounding(spec: RunSpec, scale_in
 
 @pytest.mark.slow
 @given(specs, st.sampled_from(["auto", "fold", "metadata"]))
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 def test_very_many_adapters_keep_their_delta_within_one_rounding(spec: RunSpec, scale_in: str) -> None:
     check_any(spec, scale_in)
 

@@ -111,6 +111,7 @@ def _refuse_what_is_none(source: Source, detected: Detected) -> None:
             hint=f"loraconv sat2diffusers {quoted(source.path)} --what base -o transformer",
             slug="no-lora",
         )
+    _refuse_more_than_lora(source, detected)
     strange = [n for n in detected.ledger.unknown if factor_key(detected.dialect, n.removeprefix(detected.prefix))]
     if strange:
         raise FormatError(
@@ -119,6 +120,57 @@ def _refuse_what_is_none(source: Source, detected: Detected) -> None:
             hint="loraconv formats",
             slug="module-unknown",
         )
+
+
+#: What the end of a key says about a tensor that is no plain LoRA factor.
+_MORE = {
+    "lora_magnitude_vector": "DoRA: the magnitudes need the base model",
+    "lora_magnitude_vector.weight": "DoRA: the magnitudes need the base model",
+    "dora_scale": "DoRA: the magnitudes need the base model",
+    "lora_B.bias": "a LoRA with bias",
+    "weight": "whole weights saved beside the LoRA (modules_to_save)",
+    "bias": "biases trained beside the LoRA",
+}
+
+
+def _refuse_more_than_lora(source: Source, detected: Detected) -> None:
+    """A file that is only an adapter must hold LoRA factors and nothing else: dropping the rest would change it."""
+    rest = [*detected.ledger.unknown, *detected.ledger.base] if detected.spelling is None else []
+    if rest:
+        kinds = {why for name in rest for end, why in _MORE.items() if name.endswith("." + end)}
+        raise FormatError(
+            f"the adapter holds {len(rest)} tensors besides plain LoRA factors",
+            where="; ".join(fold_names(rest)[:4]),
+            why="; ".join(sorted(kinds)) or f"they are no {detected.dialect.name} keys of {detected.family.title}",
+            hint="loraconv formats",
+            slug="not-plain-lora",
+        )
+    config = source.config if detected.spelling is None else None
+    told = [f"{key} = {config[key]!r}" for key in _BEYOND_LORA if config and config.get(key) not in _PLAIN]
+    if told:
+        raise FormatError(
+            f"the adapter's configuration asks for more than plain LoRA: {printable(', '.join(told), 120)}",
+            where=printable(str(source.config_path)),
+            hint="loraconv formats",
+            slug="not-plain-lora",
+        )
+
+
+#: Fields of peft's ``LoraConfig`` that change the mathematics beyond ``scale * up @ down``, and their harmless values.
+_BEYOND_LORA = (
+    "alora_invocation_tokens",
+    "bias",
+    "fan_in_fan_out",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+)
+_PLAIN: tuple[object, ...] = (None, False, "none", [], {})
 
 
 def _no_single_adapter(source: Source) -> FormatError:

@@ -313,10 +313,13 @@ def _prove(source: Source, detected: Detected, folder: OutputFolder, job: _Job) 
         dtypes={f.module: (f.down.dtype, f.up.dtype) for f in job.plan.factors},
         **job.proof,
     )
-    if not proof.passed:
+    failures = proof.failures()
+    if job.plan.exact and proof.bound:
+        failures.append("numbers were rounded that the plan calls exact")
+    if failures or not proof.passed:
         raise ProofFailed(
             "the written output does not equal its source; nothing was left behind",
-            where="; ".join(proof.failures()[:4]),
+            where="; ".join(failures[:4]) or "no control could be made",
             why="a defect in loraconv, a damaged disk, or a dtype that cannot hold these numbers",
             hint="without --dtype the numbers are kept as they are; if you passed none, please report this",
         )

@@ -5,10 +5,11 @@ Every key ends up in exactly one group of the :class:`Ledger`, so nothing can be
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from loraconv.errors import FormatError
-from loraconv.lazy import TensorRef, nbytes
+from loraconv.lazy import nbytes
 from loraconv.names import fold_names, printable
 from loraconv.registry import dialects, families
 from loraconv.rules import Dialect, Family, Spelling, match
@@ -75,7 +76,7 @@ def detect(source: Source) -> Detected:
     ]
     best = max(_score(ledger) for ledger, *_ in readings)
     if best == (0, 0):
-        raise _unknown(source)
+        return _detect_parts(source)
     winners = [r for r in readings if _score(r[0]) == best]
     names = sorted({dialect.name for _, dialect, _, _ in winners})
     if len(names) > 1 and best[0] > 0:
@@ -89,14 +90,27 @@ def detect(source: Source) -> Detected:
     return Detected(dialect, family, prefix, _reason(ledger, dialect, family, len(source.tensors)), ledger)
 
 
+def _detect_parts(source: Source) -> Detected:
+    """A checkpoint that holds only parts of its tensors: their names still tell what it is."""
+    for dialect in dialects():
+        for family in families():
+            if not dialect.spelling or dialect.spelling not in family.spellings:
+                continue
+            ledger = _ledger(source.incomplete, dialect, family, dialect.prefixes[0])
+            if _score(ledger) > (0, 0):
+                reason = f"parts of {len(source.incomplete)} {dialect.name} tensors of {family.title}"
+                return Detected(dialect, family, dialect.prefixes[0], reason, Ledger())
+    raise _unknown(source)
+
+
 def _score(ledger: Ledger) -> tuple[int, int]:
     return len(ledger.factors), len(ledger.base)
 
 
-def _ledger(tensors: dict[str, TensorRef], dialect: Dialect, family: Family, prefix: str) -> Ledger:
+def _ledger(names: Iterable[str], dialect: Dialect, family: Family, prefix: str) -> Ledger:
     ledger = Ledger()
     spelling = family.spellings[dialect.spelling] if dialect.spelling else None
-    for name in tensors:
+    for name in names:
         other = next((f.what for f in dialect.foreign if name.startswith(f.prefix)), "")
         if other:
             ledger.foreign.setdefault(other, []).append(name)

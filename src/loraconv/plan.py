@@ -7,11 +7,12 @@ can be folded without rounding.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
+from loraconv import __version__
 from loraconv.adapter import Adapter, Factor
 from loraconv.errors import FormatError
 from loraconv.fold import cast, fits, folded
@@ -59,7 +60,13 @@ class Plan:
     notices: tuple[str, ...] = ()
 
     @property
+    def exact(self) -> bool:
+        """True if no tensor is rounded."""
+        return all(o.exact for f in self.files for o in f.outputs)
+
+    @property
     def bytes(self) -> int:
+        """The size of everything that will be written, without the headers."""
         return sum(f.bytes for f in self.files) + sum(len(t) for t in self.texts.values())
 
 
@@ -184,6 +191,19 @@ def _origin_json(factors: tuple[Factor, ...]) -> dict[str, Any]:
     return {"": most.to_json(), **own}
 
 
+def proof_claim(outputs: Iterable[Output]) -> dict[str, str]:
+    """The header's short proof. It is written first and is true of every file that is left: a file whose own proof
+    does not bear it out is never committed. ``loraconv.json`` beside the file has the whole proof."""
+    made = list(outputs)
+    claim = {
+        "controls": "all caught",
+        "levels": "L0 L1 L2",
+        "numbers": "equal" if all(o.exact for o in made) else "within half a unit in the last place",
+        "tensors": len(made),
+    }
+    return {"loraconv.proof": json.dumps(claim, sort_keys=True), "loraconv.version": __version__}
+
+
 def _plan_diffusers(factors: tuple[Factor, ...], target: Dialect, family: Family, notices: tuple[str, ...]) -> Plan:
     config = {f"{family.component}.{key}": value for key, value in _lora_config(factors).items()}
     metadata = {
@@ -192,6 +212,7 @@ def _plan_diffusers(factors: tuple[Factor, ...], target: Dialect, family: Family
         ORIGIN_KEY: json.dumps(_origin_json(factors), sort_keys=True),
     }
     outputs = _outputs(factors, target, {f.module: f.module for f in factors})
+    metadata |= proof_claim(outputs)
     return Plan(target, (PlannedFile(target.file, outputs, metadata),), {}, factors, notices)
 
 
@@ -208,7 +229,7 @@ def _plan_peft(factors: tuple[Factor, ...], target: Dialect, notices: tuple[str,
         "task_type": None,
         **_lora_config(factors),
     }
-    metadata = {"format": "pt", ORIGIN_KEY: json.dumps(_origin_json(factors), sort_keys=True)}
+    metadata = {"format": "pt", ORIGIN_KEY: json.dumps(_origin_json(factors), sort_keys=True), **proof_claim(outputs)}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return Plan(target, (PlannedFile(target.file, outputs, metadata),), {target.sidecar: text}, factors, notices)
 

@@ -13,6 +13,30 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from loraconv.io.run_folder import RunLayout
+
+__all__ = [
+    "By",
+    "Dialect",
+    "Dropped",
+    "Family",
+    "Foreign",
+    "Fused",
+    "Has",
+    "Kernel",
+    "Layers",
+    "Regrouped",
+    "Release",
+    "Rename",
+    "Rule",
+    "RunLayout",
+    "Setting",
+    "Size",
+    "Spelling",
+    "fill",
+    "match",
+]
+
 _FIELD = re.compile(r"\{(\w+)\}")
 _NUMBER = r"(?:0|[1-9][0-9]*)"
 
@@ -44,6 +68,16 @@ def fill(template: str, fields: Mapping[str, str]) -> str:
 
 def _fields(template: str) -> set[str]:
     return set(_FIELD.findall(template))
+
+
+def _overlap(one: str, other: str) -> bool:
+    """True if some name fits both templates: step by step they are equal, or a number field meets a number."""
+    steps, others = one.split("."), other.split(".")
+
+    def meet(a: str, b: str) -> bool:
+        return a == b or (bool(_FIELD.fullmatch(a)) and (b.isdigit() or bool(_FIELD.fullmatch(b))))
+
+    return len(steps) == len(others) and all(meet(a, b) or meet(b, a) for a, b in zip(steps, others, strict=True))
 
 
 #: How model parallelism splits a module: ``rows`` splits weight, bias and up along dimension 0 (a column-parallel
@@ -126,6 +160,10 @@ class Kernel:
     size: str
     flat_if: str
 
+    def __post_init__(self) -> None:
+        if _fields(self.there) != _fields(self.here):
+            raise ValueError(f"{self.there} and {self.here} do not have the same fields")
+
     @property
     def targets(self) -> tuple[str, ...]:
         return (self.here,)
@@ -160,9 +198,11 @@ class Spelling:
         if strange:
             raise ValueError(f"adapts names modules without a rule: {sorted(strange)}")
         for names in (heres, theres):
-            twice = {n for n in names if names.count(n) > 1}
-            if twice:
-                raise ValueError(f"ambiguous table: {sorted(twice)} more than once")
+            for number, name in enumerate(names):
+                other = next((n for n in names[:number] if _overlap(n, name)), None)
+                if other is not None:
+                    what = f"{name} is there more than once" if other == name else f"{other} and {name} fit one name"
+                    raise ValueError(f"ambiguous table: {what}")
 
     def find(self, module: str) -> tuple[Rule, dict[str, str]] | None:
         """The rule for a trainer's module name, with the fields of the match."""
@@ -292,25 +332,6 @@ class Foreign:
     what: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunLayout:
-    """A folder of torch files, one a model-parallel rank, as a trainer leaves it.
-
-    ``{rank}`` in ``shard`` and ``partial`` is the rank's number; ``partial`` files hold one data-parallel rank's part
-    of each tensor and spell keys with ``partial_prefix`` in front. ``sidecar`` is looked for in the iteration folder
-    and its parent.
-    """
-
-    pointer: str
-    shard: str
-    partial: str
-    partial_prefix: str
-    sidecar: str
-    root: tuple[str, ...]
-    world_size: str
-    trained: str
-
-
 Container = Literal["run-folder", "safetensors-file", "peft-folder"]
 
 
@@ -321,8 +342,9 @@ class Dialect:
     ``prefixes`` is what stands before module names, the first being the one that is written. ``spelling`` names the
     family's spelling, empty for diffusers' own names. ``frozen`` spells the untouched weight of an adapted module.
     ``sidecar`` is the settings file beside the weights; ``alpha_at`` and ``rank_at`` are paths into it.
-    ``default_alpha`` is the documented convention where no file says alpha: a number, ``"rank"``, or None for unknown. ``every_consumer_reads_alpha`` is false where some
-    consumer of the format applies scale 1 whatever the file says, so that the scale has to be folded into ``up``.
+    ``default_alpha`` is the documented convention where no file says alpha: a number, ``"rank"``, or None for unknown.
+    ``every_consumer_reads_alpha`` is false where some consumer of the format applies scale 1 whatever the file says,
+    so that the scale has to be folded into ``up``.
     """
 
     name: str

@@ -7,8 +7,10 @@ disagree are both reported; a rank that contradicts a tensor's shape is an error
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 from loraconv.detect import Detected
@@ -220,12 +222,32 @@ def _peft_claims(where: str, config: dict[str, Any], alpha: Any, rank: Any) -> A
 
 
 def _pattern(patterns: Any, module: str, default: Any) -> Any:
-    if not isinstance(patterns, dict):
-        return default
-    for name, value in patterns.items():
-        if module == name or module.endswith("." + name):
+    """peft's rule (``peft.utils.other.get_pattern_key``): the first expression that matches the end of the name, or,
+    with ``^``, its beginning."""
+    for expression, value in patterns.items() if isinstance(patterns, dict) else ():
+        if _expression(str(expression)).match(module):
             return value
     return default
+
+
+@cache
+def _expression(text: str) -> re.Pattern[str]:
+    # An expression from a file must not be able to keep the matcher busy for years.
+    if len(text) > 200 or len(re.findall(r"[*+?{]", text)) > 2 or re.search(r"\)[*+?{]", text):
+        raise FormatError(
+            f"a pattern in the adapter's configuration is too complicated: {printable(text, 80)}",
+            hint="write the module names out in rank_pattern and alpha_pattern",
+            slug="pattern",
+        )
+    try:
+        return re.compile(text if text.startswith("^") else rf"(.*\.)?({text})$")
+    except re.error as error:
+        raise CorruptCheckpoint(
+            f"a pattern in the adapter's configuration is no regular expression: {printable(text, 80)}",
+            why=str(error),
+            hint="correct rank_pattern and alpha_pattern in adapter_config.json",
+            slug="pattern",
+        ) from None
 
 
 def origins(source: Source) -> dict[str, Origin]:

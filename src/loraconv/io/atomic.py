@@ -4,9 +4,9 @@ Everything is written into a temporary sibling ``.NAME.PID-RANDOM.part`` of the 
 ``flock``, so that a later run can tell the remains of a dead process from the work of a living one. Each file is
 checked for length when it is complete; at the end each file and then each folder is fsynced, then one rename publishes
 the whole, then the parent folder is fsynced. An old output is swapped with the new one
-(``renameat2(RENAME_EXCHANGE)``) and deleted afterwards. Where the file system cannot swap (NFS, some FUSE), the old folder is moved aside to ``.NAME.PID-RANDOM.old`` first:
-for the time between two renames there is no target, and a process killed right there leaves it to the next run to
-move the old folder back.
+(``renameat2(RENAME_EXCHANGE)``) and deleted afterwards. Where the file system cannot swap (NFS, some FUSE), the old
+folder is moved aside to ``.NAME.PID-RANDOM.old`` first: for the time between two renames there is no target, and a
+process killed right there leaves it to the next run to move the old folder back.
 
 A target that is a symbolic link stays one: what it points to is created or replaced, under the same rules as any other
 target. Permission bits of a replaced folder and of its files are kept; owner, ACLs and extended attributes are not.

@@ -9,9 +9,27 @@ from pathlib import Path
 from loraconv.errors import CorruptCheckpoint, FormatError, UsageError
 from loraconv.io.sidecar import read_text
 from loraconv.names import printable, quoted
-from loraconv.rules import RunLayout
 
 _ITERATION = re.compile(r"[0-9]{1,12}(-[A-Za-z]{1,16})?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLayout:
+    """A folder of torch files, one a model-parallel rank, as a trainer leaves it.
+
+    ``{rank}`` in ``shard`` and ``partial`` is the rank's number; ``partial`` files hold one data-parallel rank's part
+    of each tensor and spell keys with ``partial_prefix`` in front. ``sidecar`` is looked for in the iteration folder
+    and its parent.
+    """
+
+    pointer: str
+    shard: str
+    partial: str
+    partial_prefix: str
+    sidecar: str
+    root: tuple[str, ...]
+    world_size: str
+    trained: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,6 +151,8 @@ def _agrees(expected: Lazy, stored: Tensor, dtype: str | None) -> bool:
         return False
     if dtype is None and not isinstance(stored, Held):
         return same_bytes(expected, stored)
+    if dtype is None:
+        return _unchanged(expected, stored)
     if dtype is not None and stored.dtype != dtype:
         return False
     one = values(expected).reshape(-1, 1)
@@ -172,9 +174,13 @@ def _controls(
 
 
 def _unchanged(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and _equal(values(one), values(other))
+
+
+def _equal(one: Any, other: Any) -> bool:
     import numpy as np
 
-    return one.shape == other.shape and np.array_equal(values(one), values(other), equal_nan=True)
+    return bool(np.array_equal(one, other) or np.array_equal(one, other, equal_nan=True))
 
 
 Spoil = Callable[[], dict[str, Tensor]]
@@ -183,22 +189,31 @@ Spoil = Callable[[], dict[str, Tensor]]
 def _mistakes(stored: Mapping[str, Lazy]) -> Iterator[tuple[str, Spoil]]:
     """Each deliberate mistake as the tensors it would leave behind (of the first block, to stay cheap)."""
     block = "transformer_blocks.0."
-    q, k, out, adaln = (
-        block + n for n in ("attn1.to_q.weight", "attn1.to_k.weight", "attn1.to_out.0.weight", "norm1.linear.weight")
-    )
+    q, k, out = (f"{block}attn1.{name}.weight" for name in ("to_q", "to_k", "to_out.0"))
     later = "transformer_blocks.1.attn1.to_q.weight"
+    chunked = _telling(stored, [f"{block}norm1.linear.bias", f"{block}norm1.linear.weight"])
+    small = _telling(stored, [f"{block}norm1.linear.bias", f"{block}attn1.to_q.bias", q])
 
     def changed(name: str, how: Callable[[Any], Any]) -> dict[str, Tensor]:
         return {name: Held(how(values(stored[name])), stored[name].dtype)}
 
     yield "q and k swapped", lambda: {q: stored[k], k: stored[q]}
-    yield "a weight doubled", lambda: changed(q, lambda x: x * 2)
-    yield "a weight halved", lambda: changed(q, lambda x: x / 2)
+    yield "a tensor doubled", lambda: changed(small, lambda x: x * 2)
+    yield "a tensor halved", lambda: changed(small, lambda x: x / 2)
     yield "a weight transposed", lambda: changed(out, lambda x: x.T)
     yield "layers shifted by one", lambda: {q: stored[later if later in stored else out]}
-    yield "a weight zeroed", lambda: changed(q, lambda x: x * 0)
-    yield "stored in a lower precision", lambda: changed(q, coarse)
-    yield "modulation chunks left in their order", lambda: changed(adaln, _reordered)
+    yield "a tensor zeroed", lambda: changed(small, lambda x: x * 0)
+    yield "stored in a lower precision", lambda: changed(small, coarse)
+    yield "modulation chunks left in their order", lambda: changed(chunked, _reordered)
+
+
+def _telling(stored: Mapping[str, Lazy], names: list[str]) -> str:
+    """The first of these tensors in which a mistake would show: one that is not zero, and not exact in few bits."""
+    for name in names:
+        array = values(stored[name])
+        if not _equal(array, coarse(array)):
+            return name
+    return names[-1]
 
 
 def _reordered(array: Any) -> Any:

@@ -15,7 +15,9 @@ from typing import Any
 
 import yaml
 
+from loraconv.errors import ProofFailed
 from loraconv.lazy import TensorRef, read
+from loraconv.names import printable
 from loraconv.verify.numbers import Held, Pair, difference_norm, product_norm, values
 
 _SAT_FACTOR = re.compile(
@@ -52,10 +54,19 @@ def _sat_factors(tensors: Tensors) -> dict[tuple[int, str, int], dict[str, Tenso
     factors: dict[tuple[int, str, int], dict[str, TensorRef]] = {}
     for name, ref in tensors.items():
         match = _SAT_FACTOR.fullmatch(name)
+        if match is None and ".matrix_" in name:
+            raise _not_covered(name)
         if match:
             layer, kind, side, part = match.groups()
             factors.setdefault((int(layer), kind, int(part)), {})[side] = ref
     return factors
+
+
+def _not_covered(name: str) -> ProofFailed:
+    return ProofFailed(
+        f"the source holds a tensor that the proof does not cover: {printable(name)}",
+        hint="please report this, with the output of loraconv inspect on the source",
+    )
 
 
 def _mean_over_ranks(sides: list[dict[str, TensorRef]], kind: str, alpha: Fraction) -> Pair:
@@ -129,10 +140,11 @@ def _peft_like(
 ) -> dict[str, Pair]:
     sides: dict[str, dict[str, TensorRef]] = {}
     for name, ref in tensors.items():
-        module, dot, side = name.rpartition(".lora_")
-        if dot and side in ("A.weight", "B.weight"):
-            prefix = next(p for p in prefixes if module.startswith(p))
-            sides.setdefault(module[len(prefix) :], {})[side[0]] = ref
+        module, _, side = name.rpartition(".lora_")
+        if side not in ("A.weight", "B.weight"):
+            raise _not_covered(name)
+        prefix = next(p for p in prefixes if module.startswith(p))
+        sides.setdefault(module[len(prefix) :], {})[side[0]] = ref
     pairs = {}
     for module, both in sides.items():
         rank = both["A"].shape[0]
@@ -142,8 +154,9 @@ def _peft_like(
 
 
 def _peft_alpha(config: Mapping[str, Any], module: str, rank: int) -> Fraction:
-    for name, value in (config.get("alpha_pattern") or {}).items():
-        if module == name or module.endswith(f".{name}"):
+    for key, value in (config.get("alpha_pattern") or {}).items():
+        # peft anchors a key at the end of the name, behind a dot, unless it begins with ^ itself.
+        if re.match(key, module) if key[:1] == "^" else re.fullmatch(f"(?:.*\\.)?(?:{key})", module):
             return Fraction(value)
     value = config.get("lora_alpha")
     return Fraction(rank) if value is None else Fraction(value)
