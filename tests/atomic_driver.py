@@ -49,8 +49,8 @@ def write(
             with folder.file(name) as file:
                 for start in range(0, size, size // 2 or 1):
                     file.write(data[start : start + (size // 2 or 1)])
-            assert file.checksum == hashlib.sha256(data).hexdigest()
-            listed.append({"name": name, "sha256": file.checksum})
+            assert file.sha256 == hashlib.sha256(data).hexdigest()
+            listed.append({"name": name, "sha256": file.sha256})
         if go:
             Path(ready).touch()
             while not os.path.exists(go):

@@ -103,14 +103,18 @@ def measure(words: list[str]) -> dict[str, Any]:
     return {"code": code, "err": err, "seconds": round(seconds, 3), "megabytes": megabytes}
 
 
-def nobody(lines: list[list[str]]) -> dict[str, Any]:
-    """Run command lines as an unprivileged user; the first one is run before that, for its imports."""
-    first = quietly(lines[0])
+def nobody(plan: dict[str, Any]) -> dict[str, Any]:
+    """Run the lines of ``warm`` for their imports, take all rights from ``lock``, run ``line`` without privileges."""
+    import concurrent.futures.thread  # noqa: F401  (the library may be out of reach afterwards)
+    import difflib  # noqa: F401
+
+    warm = [quietly(line) for line in plan["warm"]]
+    os.chmod(plan["lock"], 0)
     if os.geteuid() == 0:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
-    return {"done": [first, *(quietly(line) for line in lines[1:])]}
+    return {"warm": warm, "done": quietly(plan["line"])}
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def test_size_and_sha256_are_those_of_the_file(tmp_path: Path, size: int, wrap: 
         for start in range(0, size, 3 << 20):
             file.write(wrap(data[start : start + (3 << 20)]))
     assert (tmp_path / "out/x").read_bytes() == data
-    assert (file.size, file.checksum) == (size, hashlib.sha256(data).hexdigest())
+    assert (file.size, file.sha256) == (size, hashlib.sha256(data).hexdigest())
 
 
 def test_a_buffer_may_be_reused_while_the_hash_is_still_at_work(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_buffer_may_be_reused_while_the_hash_is_still_at_work(tmp_path: Path) 
             buffer[:] = bytes([value]) * len(buffer)
             expected.update(buffer)
             file.write(buffer)
-    assert file.checksum == expected.hexdigest()
+    assert file.sha256 == expected.hexdigest()
 
 
 def test_one_write_never_passes_more_than_4_mib_and_survives_short_writes(
@@ -170,7 +170,7 @@ def test_one_write_never_passes_more_than_4_mib_and_survives_short_writes(
     monkeypatch.undo()
     assert max(counts) == 4 << 20
     assert (tmp_path / "out/x").read_bytes() == data
-    assert file.checksum == hashlib.sha256(data).hexdigest()
+    assert file.sha256 == hashlib.sha256(data).hexdigest()
 
 
 def test_writeback_starts_early_in_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ Every public function here is one command of the same name and options.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -19,7 +19,7 @@ from loraconv.base import bare_tensors, read_base
 from loraconv.describe import Summary, summarise
 from loraconv.detect import Detected, detect
 from loraconv.errors import FormatError, ProofFailed, UsageError
-from loraconv.health import check_adapter, check_tensors, nonfinite_error
+from loraconv.health import check_adapter, check_base, nonfinite_error
 from loraconv.io.atomic import OutputFile, OutputFolder, output_folder
 from loraconv.io.safetensors_write import write_safetensors
 from loraconv.io.torch_write import write_torch
@@ -41,15 +41,15 @@ MANIFEST = "loraconv.json"
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
-    """A file of the output: its name relative to the output folder, size in bytes and checksum.
+    """A file of the output: its name relative to the output folder, size in bytes, SHA-256.
 
-    ``algorithm`` is ``sha256``; for the shards of a base model ``crc32``, which costs a third of the time.
+    The shards of a base model have no SHA-256, which would take longer than copying them; ``ConvertResult.crc32`` has
+    the CRC-32 of each of their tensors.
     """
 
     name: str
     bytes: int
-    algorithm: str
-    checksum: str
+    sha256: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,7 @@ class ConvertResult:
     files: tuple[WrittenFile, ...] = ()
     proofs: tuple[Proof, ...] = ()
     notices: tuple[str, ...] = ()
+    crc32: Mapping[str, str] = field(default_factory=dict)
     dry_run: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,8 +74,8 @@ class ConvertResult:
             "to": self.to,
             "dry_run": self.dry_run,
             "source": self.source.to_dict(),
-            "files": [{"name": f.name, "bytes": f.bytes, f.algorithm: f.checksum} for f in self.files],
-            "plan": [tensor for plan in self.plans for tensor in _planned(plan)],
+            "files": [{"name": f.name, "bytes": f.bytes, "sha256": f.sha256} for f in self.files],
+            "plan": [tensor for plan in self.plans for tensor in _planned(plan, self.crc32)],
             "notices": list(self.notices),
             "proofs": [p.to_dict() for p in self.proofs],
         }
@@ -84,13 +85,14 @@ class ConvertResult:
 class _Job:
     """One part of a conversion: the plan, the sub-folder it goes to, and what its proof needs.
 
-    ``check`` reads the source once more beside the writing, and raises if its numbers are not sound.
+    ``check`` reads the source once more beside the writing, raises if its numbers are not sound, and returns the
+    CRC-32 of every tensor.
     """
 
     plan: Plan
     place: str
     proof: dict[str, Any] = field(default_factory=dict)
-    check: Callable[[], None] | None = None
+    check: Callable[[], dict[str, str]] | None = None
 
 
 def convert(
@@ -236,13 +238,14 @@ def _left_behind(source: Source, detected: Detected) -> list[str]:
 def _base_job(source: Source, detected: Detected, options: _Options, limit: int, place: str) -> _Job:
     config = infer_config(detected.family, bare_tensors(source, detected), source.config)
     tensors = read_base(source, detected, config)
+    plan = plan_base(tensors, config, dialect("diffusers"), dtype=options.dtype_name, limit=limit)
 
-    def check() -> None:
-        bad = check_tensors(tensors)
+    def check() -> dict[str, str]:
+        bad, checksums = check_base({o.name: o.tensor for file in plan.files for o in file.outputs})
         if bad and not options.allow_nonfinite:
             raise nonfinite_error(bad, str(source.path))
+        return checksums
 
-    plan = plan_base(tensors, config, dialect("diffusers"), dtype=options.dtype_name, limit=limit)
     return _Job(plan, place, {"config": config, "dtype": options.dtype_name}, check)
 
 
@@ -273,20 +276,19 @@ def _finish(
         with ThreadPoolExecutor(1) as beside:
             healthy = [beside.submit(job.check) for job in jobs if job.check is not None]
             made = {name: file for job in jobs for name, file in _write(folder, job)}
-        for check in healthy:
-            check.result()
-        # The proof runs while a thread still computes the checksums.
-        proofs = tuple(_prove(source, detected, folder, job) for job in jobs)
-        files = tuple(WrittenFile(name, file.size, file.algorithm, file.checksum) for name, file in made.items())
+            # The proof runs while threads still compute the checksums.
+            proofs = tuple(_prove(source, detected, folder, job) for job in jobs)
+        crc32 = {name: value for check in healthy for name, value in check.result().items()}
+        files = tuple(WrittenFile(name, file.size, file.sha256) for name, file in made.items())
         source.check_unchanged()
-        result = ConvertResult(Path(out), to, summary, plans, files, proofs, said)
+        result = ConvertResult(Path(out), to, summary, plans, files, proofs, said, crc32)
         _write_text(folder, MANIFEST, _manifest(result, options))
     return result
 
 
 def _write(folder: OutputFolder, job: _Job) -> Iterator[tuple[str, OutputFile]]:
     for planned in job.plan.files:
-        with folder.file(job.place + planned.name, algorithm="sha256" if job.plan.factors else "crc32") as file:
+        with folder.file(job.place + planned.name, hashed=bool(job.plan.factors)) as file:
             tensors: dict[str, Lazy] = {o.name: o.tensor for o in planned.outputs}
             if planned.kind == "torch":
                 write_torch(file, tensors, {"iteration": 1, "mp_world_size": 1})
@@ -326,7 +328,7 @@ def _prove(source: Source, detected: Detected, folder: OutputFolder, job: _Job) 
     return proof
 
 
-def _planned(plan: Plan) -> list[dict[str, Any]]:
+def _planned(plan: Plan, crc32: Mapping[str, str]) -> list[dict[str, Any]]:
     return [
         {
             "file": file.name,
@@ -335,6 +337,7 @@ def _planned(plan: Plan) -> list[dict[str, Any]]:
             "shape": list(o.tensor.shape),
             "how": o.how,
             "exact": o.exact,
+            **({"crc32": crc32[o.name]} if o.name in crc32 else {}),
         }
         for file in plan.files
         for o in file.outputs

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from loraconv.adapter import Adapter
 from loraconv.errors import CorruptCheckpoint
-from loraconv.lazy import PIECE_BYTES, Lazy, TensorRef
+from loraconv.lazy import PIECE_BYTES, Lazy, TensorRef, nbytes, spans
 from loraconv.names import fold_names, printable
 
 #: The bits of an exponent that is all ones (Inf or NaN), by dtype: (integer type, mask).
@@ -33,14 +33,16 @@ class Health:
 
 def check_adapter(adapter: Adapter) -> Health:
     """Read every factor once; raises :class:`CorruptCheckpoint` where the container's own checksum does not fit."""
-    tensors = {f"{f.module}.{side}": t for f in adapter.factors for side, t in (("down", f.down), ("up", f.up))}
+    tensors: dict[str, Lazy] = {
+        f"{f.module}.{side}": t for f in adapter.factors for side, t in (("down", f.down), ("up", f.up))
+    }
     return Health(
-        nonfinite=check_tensors(tensors),
+        nonfinite=_nonfinite(tensors),
         zero_up=[f.module for f in adapter.factors if is_zero(f.up)],
     )
 
 
-def check_tensors(tensors: Mapping[str, Lazy]) -> list[str]:
+def _nonfinite(tensors: Mapping[str, Lazy]) -> list[str]:
     """The names of the tensors that hold NaN or Inf.
 
     Reads each storage once, whole, and compares it with the CRC-32 that the container declares for it; raises
@@ -53,14 +55,49 @@ def check_tensors(tensors: Mapping[str, Lazy]) -> list[str]:
     return [name for name, tensor in tensors.items() if not is_finite(tensor)]
 
 
-def _storage_is_finite(leaf: TensorRef) -> bool:
-    start, length = leaf.storage
-    crc, finite = 0, True
-    for offset in range(start, start + length, PIECE_BYTES):
-        piece = leaf.file.pread(offset, min(PIECE_BYTES, start + length - offset))
-        if leaf.storage_crc is not None:
+def check_base(tensors: Mapping[str, Lazy]) -> tuple[list[str], dict[str, str]]:
+    """``(names with NaN or Inf, name -> CRC-32 in hexadecimal)`` of a base model's tensors as they are written.
+
+    A tensor that is a whole storage is compared with the container's own CRC-32 on the way; storages that are cut up
+    (q, k and v in one) are read once more for that. Raises :class:`CorruptCheckpoint` where they differ.
+    """
+    bad, checksums, seen = [], {}, set()
+    for name, tensor in tensors.items():
+        crc, finite = 0, True
+        for piece in tensor.pieces():
             crc = zlib.crc32(piece, crc)
-        finite = finite and _all_finite(piece, leaf.dtype)
+            finite = finite and _all_finite(piece, tensor.dtype)
+        checksums[name] = f"{crc:08x}"
+        if not finite:
+            bad.append(name)
+        leaf = _whole_storage(tensor)
+        if leaf is not None:
+            seen.add((id(leaf.file), leaf.storage))
+            _compare(leaf, crc)
+    cut = {(id(leaf.file), leaf.storage): leaf for tensor in tensors.values() for leaf in tensor.leaves()}
+    for key, leaf in cut.items():
+        if key not in seen:
+            _compare(leaf, _storage_crc(leaf))
+    return bad, checksums
+
+
+def _whole_storage(tensor: Lazy) -> TensorRef | None:
+    """The storage whose bytes are this tensor's, all of them and in order; None if there is none."""
+    parts = spans(tensor)
+    if parts is None or len(parts) != 1:
+        return None
+    return parts[0] if parts[0].storage == (parts[0].offset, nbytes(parts[0])) else None
+
+
+def _storage_crc(leaf: TensorRef) -> int:
+    start, length = leaf.storage
+    crc = 0
+    for offset in range(start, start + length, PIECE_BYTES):
+        crc = zlib.crc32(leaf.file.pread(offset, min(PIECE_BYTES, start + length - offset)), crc)
+    return crc
+
+
+def _compare(leaf: TensorRef, crc: int) -> None:
     if leaf.storage_crc is not None and crc != leaf.storage_crc:
         raise CorruptCheckpoint(
             f"the bytes of {printable(leaf.name)} do not match their checksum",
@@ -69,6 +106,16 @@ def _storage_is_finite(leaf: TensorRef) -> bool:
             hint="copy the checkpoint again from where it was trained",
             slug="checksum",
         )
+
+
+def _storage_is_finite(leaf: TensorRef) -> bool:
+    start, length = leaf.storage
+    crc, finite = 0, True
+    for offset in range(start, start + length, PIECE_BYTES):
+        piece = leaf.file.pread(offset, min(PIECE_BYTES, start + length - offset))
+        crc = zlib.crc32(piece, crc)
+        finite = finite and _all_finite(piece, leaf.dtype)
+    _compare(leaf, crc)
     return finite
 
 

@@ -7,12 +7,16 @@ Another package adds a table by an entry point of the group ``loraconv.formats``
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 
 from loraconv.errors import FormatError
 from loraconv.rules import Dialect, Family
 
+_GROUP = "loraconv.formats"
 _TABLES = {
     "loraconv.converters.sat":              "SAT",
     "loraconv.converters.diffusers":        "DIFFUSERS",
@@ -28,19 +32,47 @@ def _tables() -> tuple[Dialect | Family, ...]:
 
 
 def _third_party() -> list[Dialect | Family]:
+    if not _some_package_adds_formats():
+        return []
     from importlib.metadata import entry_points
 
     found: list[Dialect | Family] = []
-    for point in entry_points(group="loraconv.formats"):
-        table = point.load()
+    for point in entry_points(group=_GROUP):
+        try:
+            table = point.load()
+        except Exception as error:  # another package's code: whatever it raises, the user needs its name
+            raise _not_a_table(point.name, point.value, f"{type(error).__name__}: {error}") from None
         if not isinstance(table, Dialect | Family):
-            raise FormatError(
-                f"the entry point {point.name} is neither a Dialect nor a Family",
-                where=point.value,
-                hint=f"pip uninstall the package that declares {point.value}, or correct its table",
-            )
+            raise _not_a_table(point.name, point.value, f"it is {type(table).__name__}")
         found.append(table)
     return found
+
+
+def _not_a_table(name: str, value: str, why: str) -> FormatError:
+    return FormatError(
+        f"the entry point {name} of the group {_GROUP} gives neither a Dialect nor a Family",
+        where=value,
+        why=why,
+        hint=f"uninstall or correct the package that declares {value}",
+        slug="format-plugin",
+    )
+
+
+def _some_package_adds_formats() -> bool:
+    """True if an installed package declares the entry-point group (much cheaper to find out than with importlib)."""
+    for place in dict.fromkeys(sys.path):
+        try:
+            infos = [e.path for e in os.scandir(place or ".") if e.name.endswith((".dist-info", ".egg-info"))]
+        except OSError:
+            continue
+        for info in infos:
+            try:
+                text = Path(info, "entry_points.txt").read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+            if f"[{_GROUP}]" in text:
+                return True
+    return False
 
 
 def dialects() -> tuple[Dialect, ...]:

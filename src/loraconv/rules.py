@@ -42,8 +42,9 @@ _NUMBER = r"(?:0|[1-9][0-9]*)"
 
 
 @lru_cache(maxsize=4096)
-def _pattern(template: str) -> re.Pattern[str]:
-    """The anchored pattern of a template; ``{module}`` and ``{param}`` stand for dotted names, others for a number."""
+def _pattern(template: str) -> tuple[str, re.Pattern[str]]:
+    """The literal beginning of a template, and its anchored pattern; ``{module}`` and ``{param}`` stand for dotted
+    names, other fields for a number."""
     out, at = [], 0
     for match in _FIELD.finditer(template):
         out.append(re.escape(template[at : match.start()]))
@@ -52,12 +53,13 @@ def _pattern(template: str) -> re.Pattern[str]:
         out.append(f"(?P<{word}>{inside})")
         at = match.end()
     out.append(re.escape(template[at:]))
-    return re.compile("".join(out), re.DOTALL)
+    return template.partition("{")[0], re.compile("".join(out), re.DOTALL)
 
 
 def match(template: str, name: str) -> dict[str, str] | None:
     """The fields of ``name`` under ``template``, or None if it does not match as a whole."""
-    found = _pattern(template).fullmatch(name)
+    begin, pattern = _pattern(template)
+    found = pattern.fullmatch(name) if name.startswith(begin) else None
     return found.groupdict() if found else None
 
 

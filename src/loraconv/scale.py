@@ -16,13 +16,17 @@ from typing import Any
 from loraconv.detect import Detected
 from loraconv.errors import CorruptCheckpoint, FormatError, UsageError
 from loraconv.io.sidecar import at, parse_json
-from loraconv.names import printable
+from loraconv.names import FLOAT_DTYPES, printable
 from loraconv.source import Source
 
 #: The header in which loraconv keeps what the trainer said, from which the way back is exact.
 ORIGIN_KEY = "loraconv.origin"
 #: Far above any rank; a greater alpha is a damaged file or a slip.
 LARGEST_ALPHA = 1 << 20
+
+
+#: What ``str`` makes of an alpha; ``Fraction`` alone would also take ``1e999999999`` and compute it.
+_FRACTION = re.compile(r"[1-9][0-9]{0,39}(/[1-9][0-9]{0,39})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +74,11 @@ class Origin:
 
     @classmethod
     def from_json(cls, value: Any) -> Origin:
-        return cls(
-            Fraction(value["alpha"]),
-            int(value["rank"]),
-            str(value["source"]),
-            str(value["dtype"]),
-            bool(value["folded"]),
-        )
+        """The inverse of :meth:`to_json`; raises ValueError, KeyError or TypeError for anything else."""
+        alpha, rank, dtype = str(value["alpha"]), value["rank"], value["dtype"]
+        if not _FRACTION.fullmatch(alpha) or type(rank) is not int or dtype not in FLOAT_DTYPES:
+            raise ValueError("not what to_json writes")
+        return cls(Fraction(alpha), rank, str(value["source"]), dtype, value["folded"] is True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,13 +26,11 @@ import secrets
 import shutil
 import stat
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 from loraconv.errors import UsageError, WriteFailed
 from loraconv.io.input_file import InputFile
@@ -58,7 +56,6 @@ _NO_COPY = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM,
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 
 Inode = tuple[int, int]
-Algorithm = Literal["sha256", "crc32"]
 
 
 @contextmanager
@@ -101,15 +98,15 @@ class OutputFolder:
         self._choose_names()
 
     @contextmanager
-    def file(self, relative: str, *, algorithm: Algorithm = "sha256") -> Iterator[OutputFile]:
+    def file(self, relative: str, *, hashed: bool = True) -> Iterator[OutputFile]:
         """A new file of the folder, complete when the block ends and on disk when the folder takes its place.
 
-        ``algorithm`` is that of its checksum: ``crc32`` costs a third of ``sha256`` and finds damage, not forgery.
+        ``hashed`` can be switched off where the caller takes a checksum of its own: it costs more than the copy.
 
         Raises :class:`WriteFailed`, and ValueError for a name that is not a plain relative one.
         """
         self._unfinished.add(relative)
-        output = OutputFile(self._make_room(relative), self._target / relative, self._needed, algorithm)
+        output = OutputFile(self._make_room(relative), self._target / relative, self._needed, hashed)
         self._files.append(output)
         yield output
         output._finish()
@@ -224,23 +221,23 @@ class OutputFolder:
 
 
 class OutputFile:
-    """A file under construction at ``path``; ``size`` counts its bytes, ``checksum`` is taken of them."""
+    """A file under construction at ``path``; ``size`` counts its bytes, ``sha256`` is their digest."""
 
-    def __init__(self, path: Path, final: Path, needed: int, algorithm: Algorithm) -> None:
-        self.path, self.size, self.algorithm = path, 0, algorithm
+    def __init__(self, path: Path, final: Path, needed: int, hashed: bool) -> None:
+        self.path, self.size = path, 0
         self._final, self._needed = final, needed
         self._flushed = 0
-        self._hash = _Hash(algorithm)
+        self._hash = _Hash() if hashed else None
         with _reported(final, needed):
             self._fd = os.open(path, _NEW_FILE, 0o666)
 
     @property
-    def checksum(self) -> str:
-        """The checksum in hexadecimal, once the file is complete; waits for the thread that computes it.
+    def sha256(self) -> str | None:
+        """The digest in hexadecimal, once the file is complete; None if it was not asked for.
 
-        Raises what reading a copied input again raises.
+        Waits for the thread that computes it; raises what reading a copied input again raises.
         """
-        return self._hash.finish()
+        return self._hash.finish() if self._hash else None
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append ``data``. Raises :class:`WriteFailed`; the file cannot be completed after that."""
@@ -252,7 +249,8 @@ class OutputFile:
             for start in range(0, len(view), PIECE_BYTES):
                 piece = view[start : start + PIECE_BYTES]
                 # The hash may look at the piece later than the caller reuses a buffer.
-                self._hash.update(piece if isinstance(data, bytes) else bytes(piece))
+                if self._hash:
+                    self._hash.update(piece if isinstance(data, bytes) else bytes(piece))
                 self._append(piece)
         except BaseException:
             self._close()
@@ -266,7 +264,8 @@ class OutputFile:
         try:
             while count:
                 size = min(count, WRITEBACK_BYTES)
-                self._hash.update_from(source, offset, size)
+                if self._hash:
+                    self._hash.update_from(source, offset, size)
                 self._copy_range(source, offset, size)
                 offset, count = offset + size, count - size
         except BaseException:
@@ -314,7 +313,8 @@ class OutputFile:
             self._close()
 
     def _close(self) -> None:
-        self._hash.stop()
+        if self._hash:
+            self._hash.stop()
         descriptor, self._fd = self._fd, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -333,27 +333,14 @@ def _copied_in_kernel(source: InputFile, descriptor: int, offset: int, count: in
 Range = tuple[InputFile, int, int]
 
 
-class _Crc32:
-    """CRC-32 with the interface of a hash."""
-
-    def __init__(self) -> None:
-        self._value = 0
-
-    def update(self, data: bytes | memoryview) -> None:
-        self._value = zlib.crc32(data, self._value)
-
-    def hexdigest(self) -> str:
-        return f"{self._value:08x}"
-
-
 class _Hash:
-    """The checksum of what it is fed; from 4 MiB on a thread computes it while the caller goes on.
+    """SHA-256 of what it is fed; from 4 MiB on a thread computes it while the caller goes on.
 
     A copied range is read a second time by the thread, so that its bytes never pass through the caller.
     """
 
-    def __init__(self, algorithm: Algorithm) -> None:
-        self._hash = hashlib.sha256() if algorithm == "sha256" else _Crc32()
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
         self._fed = 0
         self._queue: queue.Queue[bytes | memoryview | Range | None] = queue.Queue(QUEUED_PIECES)
         self._thread: threading.Thread | None = None

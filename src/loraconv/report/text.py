@@ -66,7 +66,7 @@ def conversion(result: ConvertResult) -> str:
         return plan(result)
     lines = [
         f"wrote   {printable(str(result.out / file.name), 1000)}"
-        f"  {human_bytes(file.bytes)}  {file.algorithm} {file.checksum}"
+        f"  {human_bytes(file.bytes)}" + (f"  sha256 {file.sha256}" if file.sha256 else "")
         for file in result.files
         if not file.name.endswith((".json", ".yaml", "latest"))
     ]

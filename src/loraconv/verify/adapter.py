@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from loraconv.names import fold_names
 from loraconv.verify.controls import adapter_controls
-from loraconv.verify.numbers import Held, Pair, compare, relative_error, same_bytes
+from loraconv.verify.numbers import Expectation, Held, Pair, compare, relative_error, same_bytes
 from loraconv.verify.proof import Check, Proof
 
 Pairs = Mapping[str, Pair]
-
-
-@dataclass(frozen=True, slots=True)
-class Expectation:
-    """What the output must be: the source's pairs, and the dtype of both factors of each module."""
-
-    pairs: Pairs
-    dtypes: Mapping[str, tuple[str, str]]
 
 
 def prove_adapter(expected: Expectation, stored: Pairs, *, scale_ignored: bool) -> Proof:

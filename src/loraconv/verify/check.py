@@ -14,8 +14,9 @@ from loraconv.io.input_file import InputFile
 from loraconv.io.safetensors_read import read_safetensors
 from loraconv.io.torch_read import read_torch
 from loraconv.lazy import TensorRef
-from loraconv.verify.adapter import Expectation, prove_adapter
+from loraconv.verify.adapter import prove_adapter
 from loraconv.verify.base import prove_base
+from loraconv.verify.numbers import Expectation
 from loraconv.verify.oracles import pairs_of, yaml_settings
 from loraconv.verify.proof import Proof
 

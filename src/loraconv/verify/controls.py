@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from loraconv.verify.numbers import Held, Pair, Tensor, coarse, values
+from loraconv.verify.numbers import Expectation, Held, Pair, Tensor, coarse, values
 from loraconv.verify.proof import Control
 
-if TYPE_CHECKING:
-    from loraconv.verify.adapter import Expectation
-
 Pairs = Mapping[str, Pair]
-Judge = Callable[["Expectation", Pairs], str]
+Judge = Callable[[Expectation, Pairs], str]
 
 
 def adapter_controls(expected: Expectation, stored: Pairs, judge: Judge) -> tuple[Control, ...]:

@@ -7,6 +7,7 @@ rank size, with no full-size product and without the cancellation that a Gram ma
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,14 @@ class Pair:
     def shape(self) -> tuple[int, int, int]:
         """``(out, rank, in)``."""
         return self.up.shape[0], self.down.shape[0], self.down.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What an output must be: the source's pairs by module, and the dtype of both factors (down, up) of each."""
+
+    pairs: Mapping[str, Pair]
+    dtypes: Mapping[str, tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
