@@ -1,4 +1,4 @@
-"""What the command-line tests share: running the CLI in this process or in its own, and what every refusal must hold."""
+"""What the command-line tests share: running a command in this process or in its own, and what a refusal must be."""
 
 from __future__ import annotations
 

@@ -21,20 +21,19 @@ import loraconv
 from loraconv.io.input_file import InputFile
 from tests import hostile
 from tests.cli_driver import COMMANDS, CONVERSIONS, argv
-from tests.cli_support import (  # noqa: F401  (fixtures)
+from tests.cli_support import (
     Cli,
     Done,
     Refusals,
     assert_clear_error,
-    cli,
     digests,
     driven,
     harmless,
     rank_file,
-    refusals,
-    snapshot,
     tiny_run,
 )
+
+pytest_plugins = ["tests.cli_support"]
 
 CORRUPT = {4}
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -1061,7 +1060,8 @@ def test_an_exponent_bomb_in_the_origin_is_refused_within_memory_and_time(
 @pytest.mark.parametrize("command", ["inspect", "convert"])
 @pytest.mark.parametrize(
     "config",
-    ["", "[]", "not JSON", "[" * 100_000, '{"r": -1}', '{"r": 2, "lora_alpha": "\\u001b[31m"}', '{"r": 2, "lora_alpha": NaN}',
+    ["", "[]", "not JSON", "[" * 100_000, '{"r": -1}',
+     '{"r": 2, "lora_alpha": "\\u001b[31m"}', '{"r": 2, "lora_alpha": NaN}',
      '{"r": 2, "lora_alpha": 1' + "0" * 400 + "}", '{"r": 2, "lora_alpha": 1' + "0" * 5000 + "}", '{"r": 2, "r": 2}',
      '{"r": 2, "lora_alpha": 1e300}', '{"x": "' + "x" * 5_000_000 + '"}'],
     ids=lambda config: config[:36].replace("\\", "/") or "empty",

@@ -18,10 +18,9 @@ import pytest
 import loraconv
 from loraconv.cli.commands import root
 from tests.cli_driver import COMMANDS, CONVERSIONS, argv
-from tests.cli_support import (  # noqa: F401  (fixtures)
+from tests.cli_support import (
     Cli,
     assert_clear_error,
-    cli,
     error_json,
     harmless,
     launch,
@@ -30,6 +29,8 @@ from tests.cli_support import (  # noqa: F401  (fixtures)
     snapshot,
     tiny_run,
 )
+
+pytest_plugins = ["tests.cli_support"]
 
 HEAVY = ("torch", "numpy", "diffusers", "peft", "transformers", "huggingface_hub")
 EVERY = sorted(root.commands)
@@ -114,19 +115,32 @@ def test_every_command_has_the_same_output_options(name: str) -> None:
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
-SUMMARY = set(
-    "schema path container ranks bytes dialect reason model config adapter problem contents notices next".split()
-)
-ADAPTER = set("ranks alphas alpha_sources scales targets modules layers dtypes".split())
-GROUP = set("what tensors bytes names".split())
-CONVERSION = set("schema out to dry_run source files plan notices proofs".split())
-FILE = set("name bytes sha256".split())
-PLANNED = set("file name dtype shape how exact".split())
-PROOF = set("subject checks controls".split())
-CHECK = set("level name passed count figure bound detail".split())
-CONTROL = set("name caught by".split())
-FORMAT = set("name title file keys scale carries cannot_carry models facts".split())
-ERROR = set("message_type code slug message where why hint".split())
+SUMMARY = {
+        "schema",
+        "path",
+        "container",
+        "ranks",
+        "bytes",
+        "dialect",
+        "reason",
+        "model",
+        "config",
+        "adapter",
+        "problem",
+        "contents",
+        "notices",
+        "next",
+    }
+ADAPTER = {"ranks", "alphas", "alpha_sources", "scales", "targets", "modules", "layers", "dtypes"}
+GROUP = {"what", "tensors", "bytes", "names"}
+CONVERSION = {"schema", "out", "to", "dry_run", "source", "files", "plan", "notices", "proofs"}
+FILE = {"name", "bytes", "sha256"}
+PLANNED = {"file", "name", "dtype", "shape", "how", "exact"}
+PROOF = {"subject", "checks", "controls"}
+CHECK = {"level", "name", "passed", "count", "figure", "bound", "detail"}
+CONTROL = {"name", "caught", "by"}
+FORMAT = {"name", "title", "file", "keys", "scale", "carries", "cannot_carry", "models", "facts"}
+ERROR = {"message_type", "code", "slug", "message", "where", "why", "hint"}
 
 
 def test_inspect_as_json_has_schema_1_and_the_documented_keys(cli: Cli, sat: Path) -> None:
@@ -379,9 +393,9 @@ MISTAKES: dict[str, Mistake] = {
         lambda f, r, a: ["inspect", _two_iterations(f / "x")], 2, "several iterations", "1000",
     ),
     "alpha that is no number": (lambda f, r, a: ["inspect", r, "--alpha", "one"], 2, "--alpha", "--help"),
-    "alpha of zero": (lambda f, r, a: ["convert", r, "-o", f / "out", "--to", "peft", "--alpha", "0"], 2, "zero", "--alpha"),
+    "alpha of zero": (lambda f, r, a: ["convert", r, "-o", f / "out", "--to", "peft", "--alpha", "0"], 2, "above", "--alpha"),
     "negative alpha": (lambda f, r, a: ["sat2diffusers", r, "-o", f / "out", "--alpha", "-1"], 2, "--alpha", "--alpha"),
-    "alpha of zero to inspect": (lambda f, r, a: ["inspect", r, "--alpha", "0"], 2, "alpha", "--alpha"),
+    "alpha of zero to inspect": (lambda f, r, a: ["inspect", r, "--alpha", "0"], 2, "above", "--alpha"),
     "alpha that is not a number": (lambda f, r, a: ["inspect", r, "--alpha", "nan"], 2, "alpha", "--alpha"),
     "infinite alpha": (lambda f, r, a: ["sat2diffusers", r, "-o", f / "out", "--alpha", "inf"], 2, "alpha", "--alpha"),
     "a shard size without a unit": (

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from loraconv.detect import Detected, FactorKey, base_name, factor_key
-from loraconv.errors import FormatError
+from loraconv.errors import CorruptCheckpoint, FormatError
 from loraconv.lazy import Lazy, TensorRef, Viewed
 from loraconv.names import FLOAT_DTYPES, fold_names, printable, quoted
 from loraconv.ranks import join, merge, of_rank, same_in_all, split_dim
@@ -31,6 +31,7 @@ def read_base(source: Source, detected: Detected, config: dict[str, Any]) -> dic
     :class:`CorruptCheckpoint` where ranks that must agree do not.
     """
     _refuse(source, detected)
+    _refuse_gaps(source, detected, config)
     made: dict[str, Lazy] = {}
     for name in detected.ledger.base:
         refs = [of_rank(tensors, name) for tensors in source.ranks]
@@ -75,6 +76,28 @@ def _refuse(source: Source, detected: Detected) -> None:
             where="; ".join(fold_names(odd)[:4]),
             hint="convert the adapter alone (--what lora) and use the original base model",
             slug="base-quantised",
+        )
+
+
+def _refuse_gaps(source: Source, detected: Detected, config: dict[str, Any]) -> None:
+    """Every parameter of every module that the table and the configuration know must be there, in every layer."""
+    assert detected.spelling is not None
+    present = set(bare_tensors(source, detected))
+    missing = []
+    for rule in detected.spelling.rules:
+        if isinstance(rule, Rename) and rule.when and not config[rule.when]:
+            continue
+        params = rule.params if isinstance(rule, Rename) else ("weight", "bias")
+        layers = range(config["num_layers"]) if "{i}" in rule.there else (0,)
+        wanted = [f"{fill(rule.there, {'i': str(i)})}.{param}" for i in layers for param in params]
+        missing += [name for name in wanted if name not in present]
+    if missing:
+        raise CorruptCheckpoint(
+            f"the base model is incomplete: {len(missing)} tensors are missing",
+            where=f"{printable(str(source.path))}: {'; '.join(fold_names(missing)[:4])}",
+            why="the checkpoint was cut down or saved in parts",
+            hint="save the checkpoint again, or convert the adapter alone: --what lora",
+            slug="tensors-missing",
         )
 
 

@@ -75,7 +75,8 @@ class ConvertResult:
             "dry_run": self.dry_run,
             "source": self.source.to_dict(),
             "files": [{"name": f.name, "bytes": f.bytes, "sha256": f.sha256} for f in self.files],
-            "plan": [tensor for plan in self.plans for tensor in _planned(plan, self.crc32)],
+            "plan": [tensor for plan in self.plans for tensor in _planned(plan)],
+            "crc32": dict(self.crc32),
             "notices": list(self.notices),
             "proofs": [p.to_dict() for p in self.proofs],
         }
@@ -272,6 +273,7 @@ def _finish(
     needed = sum(plan.bytes for plan in plans) + (1 << 20)
     # The folder that holds a single input file is no input: a new folder beside that file is fine.
     inputs = [source.path, *(f.path for f in source.files), *([source.config_path] if source.config_path else [])]
+    source.check_unchanged()
     with output_folder(out, inputs=inputs, needed=needed, overwrite=overwrite) as folder:
         with ThreadPoolExecutor(1) as beside:
             healthy = [beside.submit(job.check) for job in jobs if job.check is not None]
@@ -328,7 +330,7 @@ def _prove(source: Source, detected: Detected, folder: OutputFolder, job: _Job) 
     return proof
 
 
-def _planned(plan: Plan, crc32: Mapping[str, str]) -> list[dict[str, Any]]:
+def _planned(plan: Plan) -> list[dict[str, Any]]:
     return [
         {
             "file": file.name,
@@ -337,7 +339,6 @@ def _planned(plan: Plan, crc32: Mapping[str, str]) -> list[dict[str, Any]]:
             "shape": list(o.tensor.shape),
             "how": o.how,
             "exact": o.exact,
-            **({"crc32": crc32[o.name]} if o.name in crc32 else {}),
         }
         for file in plan.files
         for o in file.outputs

@@ -33,7 +33,6 @@ FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
 #: The dtype words a user may type, and the safetensors name of each.
 DTYPE_WORDS: dict[str, str] = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 
-_UNPRINTABLE = re.compile(r"[^\x20-\x7e\u00a1-\u2fff\u3000-\ud7ff\uf900-\ufffd]")
 _DIGITS = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 
 
@@ -47,7 +46,8 @@ def numel(shape: Iterable[int]) -> int:
 
 def printable(text: str, limit: int = 200) -> str:
     """``text`` with control bytes, escapes and surrogates spelled out: a hostile name must not drive a terminal."""
-    shown = _UNPRINTABLE.sub(lambda m: m.group().encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+    # isprintable is false for controls, bidirectional marks, surrogates, private and unassigned characters.
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
     return shown if len(shown) <= limit else f"{shown[:limit]}... ({len(shown)} characters)"
 
 

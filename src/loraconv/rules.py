@@ -89,12 +89,16 @@ Parallel = Literal["whole", "rows", "columns"]
 
 @dataclass(frozen=True, slots=True)
 class Rename:
-    """One module under another name. With ``when``, it is kept only if that configuration value is true."""
+    """One module under another name, with the parameters ``params``.
+
+    With ``when``, it belongs to the model only if that configuration value is true (or set).
+    """
 
     there: str
     here: str
     parallel: Parallel = "whole"
     when: str = ""
+    params: tuple[str, ...] = ("weight", "bias")
 
     def __post_init__(self) -> None:
         if _fields(self.there) != _fields(self.here):

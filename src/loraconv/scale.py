@@ -203,30 +203,42 @@ def _header_claims(source: Source, detected: Detected) -> list[Any]:
         prefix = f"{detected.family.component}."
         if key == "lora_adapter_metadata" and isinstance(config, dict) and any(k.startswith(prefix) for k in config):
             config = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
-        if isinstance(config, dict):
-            found.append(_peft_claims(f"header {key}", config, config.get("lora_alpha"), config.get("r")))
+        if not isinstance(config, dict):
+            raise _malformed(f"header {key}", "it is not a map of settings")
+        found.append(_peft_claims(f"header {key}", config, config.get("lora_alpha"), config.get("r")))
     return found
 
 
 def _peft_claims(where: str, config: dict[str, Any], alpha: Any, rank: Any) -> Any:
     """peft's rule: one alpha and rank, exceptions by module name or its end in the two patterns."""
     alphas, ranks = config.get("alpha_pattern") or {}, config.get("rank_pattern") or {}
+    if not isinstance(alphas, dict) or not isinstance(ranks, dict):
+        raise _malformed(where, "alpha_pattern or rank_pattern is not a map")
     rslora = config.get("use_rslora") is True
 
     def claim(module: str) -> Claim:
         own_alpha, own_rank = _pattern(alphas, module, alpha), _pattern(ranks, module, rank)
         if own_rank is not None and (type(own_rank) is not int or own_rank <= 0):
-            raise CorruptCheckpoint(f"rank is not a positive integer: {printable(repr(own_rank), 60)}", where=where)
+            raise _malformed(where, f"rank is not a positive integer: {printable(repr(own_rank), 60)}")
         told = None if own_alpha is None else number(own_alpha, where)
         return Claim(where, told, own_rank, rslora)
 
     return claim
 
 
-def _pattern(patterns: Any, module: str, default: Any) -> Any:
+def _malformed(where: str, why: str) -> CorruptCheckpoint:
+    return CorruptCheckpoint(
+        f"the adapter's settings cannot be read: {where}",
+        why=why,
+        hint="restore the file as its trainer wrote it, or move the settings away and pass --alpha",
+        slug="settings",
+    )
+
+
+def _pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
     """peft's rule (``peft.utils.other.get_pattern_key``): the first expression that matches the end of the name, or,
     with ``^``, its beginning."""
-    for expression, value in patterns.items() if isinstance(patterns, dict) else ():
+    for expression, value in patterns.items():
         if _expression(str(expression)).match(module):
             return value
     return default

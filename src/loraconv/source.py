@@ -79,6 +79,8 @@ def open_source(path: str | Path) -> Iterator[Source]:
     """
     if not os.fspath(path):
         raise UsageError("no checkpoint was named", hint="loraconv inspect RUN_OR_FILE", slug="not-found")
+    if "\0" in str(path):
+        raise UsageError(f"not a path: {printable(str(path))}", hint="loraconv inspect RUN_OR_FILE", slug="not-found")
     path = Path(path)
     with ExitStack() as stack:
         yield _open_folder(path, stack) if path.is_dir() else _open_file(path, stack)

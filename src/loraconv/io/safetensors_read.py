@@ -16,6 +16,8 @@ from loraconv.lazy import TensorRef
 from loraconv.names import DTYPE_BYTES, numel, printable
 
 MAX_HEADER = 100_000_000
+# Commas in the header of 200,000 tensors with eight dimensions each; a header with more is a bomb for the parser.
+MAX_COMMAS = 3_000_000
 MAX_TENSORS = 200_000
 MAX_NAME = 1024
 
@@ -38,6 +40,8 @@ def read_safetensors(file: InputFile) -> SafetensorsFile:
     raw = file.pread(8, length)
     if raw[:1] != b"{":
         raise _corrupt(file, "the header does not begin with {")
+    if raw.count(b",") > MAX_COMMAS or raw.count(b"[") > 3 * MAX_TENSORS:
+        raise _corrupt(file, "the header has more entries than any checkpoint")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -65,7 +69,7 @@ def _ref(file: InputFile, name: str, entry: Any, start: int) -> TensorRef:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, begin, end)
-        whole = len(entry) == 3 and all(type(n) is int and n >= 0 for n in numbers)
+        whole = len(entry) == 3 and isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in numbers)
     except (TypeError, KeyError, ValueError):
         whole = False
     if not whole:

@@ -57,8 +57,8 @@ def parse_json(text: str, where: str) -> Any:
 
     try:
         return json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(where, str(error)) from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise _damaged(where, str(error) or type(error).__name__) from None
 
 
 def at(mapping: Any, path: str) -> Any:

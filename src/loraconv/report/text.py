@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from loraconv.names import human_bytes, printable
+from loraconv.names import human_bytes, printable, quoted
 
 if TYPE_CHECKING:
     from loraconv.catalog import FormatInfo
@@ -91,13 +91,13 @@ def proof(result: Proof) -> str:
 
 def next_step(result: ConvertResult) -> str:
     """What to do with the output."""
-    out = printable(str(result.out), 1000)
+    out = printable(str(result.out), 1000).replace('"', '\\"')
     if any(p.subject == "base" for p in result.proofs) and len(result.proofs) == 1:
         return f'CogVideoXTransformer3DModel.from_pretrained("{out}")'
     if result.to == "peft":
         return f'peft.PeftModel.from_pretrained(transformer, "{out}")'
     if result.to == "sat":
-        return f"loraconv inspect {out}"
+        return f"loraconv inspect {quoted(result.out)}"
     return f'pipe.load_lora_weights("{out}")'
 
 

@@ -136,6 +136,8 @@ def _ratio(expected: Fraction | float, stored: Fraction | float) -> tuple[float,
         ratio = expected / stored
         binary = ratio.denominator & (ratio.denominator - 1) == 0 and abs(ratio.numerator).bit_length() <= 28
         return float(ratio), binary
+    if expected == stored:
+        return 1.0, True
     return float(expected) / float(stored) if stored else float("nan"), False
 
 

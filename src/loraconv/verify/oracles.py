@@ -163,7 +163,10 @@ def _peft_alpha(config: Mapping[str, Any], module: str, rank: int) -> Fraction:
 
 
 def _peft_scale(alpha: Fraction, rank: int, rslora: bool) -> Fraction | float:
-    return float(alpha) / math.sqrt(rank) if rslora else alpha / rank
+    if not rslora:
+        return alpha / rank
+    root = math.isqrt(rank)
+    return alpha / root if root * root == rank else float(alpha) / math.sqrt(rank)
 
 
 def yaml_settings(text: str) -> dict[str, Any]:
