@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from loraconv.cli import run
 from tests import cli_driver
 from tests.cli_driver import argv
 from tests.sat_run import RunSpec, build
@@ -63,20 +60,6 @@ def kept_handler() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Run one command line in this process."""
-
-    def call(*words: str | Path) -> Done:
-        capfd.readouterr()
-        with kept_handler():
-            code = run([str(word) for word in words])
-        said = capfd.readouterr()
-        return Done(code, said.out, said.err)
-
-    return call
 
 
 def launch(
@@ -187,11 +170,6 @@ class Refusals:
         assert_clear_error(done, codes)
         assert left == [], f"left behind: {left}"
         return done
-
-
-@pytest.fixture
-def refusals(cli: Cli, tmp_path: Path) -> Refusals:
-    return Refusals(cli, tmp_path)
 
 
 def parsed_hint(line: str) -> None:

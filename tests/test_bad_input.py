@@ -33,7 +33,7 @@ from tests.cli_support import (
     tiny_run,
 )
 
-pytest_plugins = ["tests.cli_support"]
+pytest_plugins = ["tests.cli_fixtures"]
 
 CORRUPT = {4}
 WEIGHTS = "pytorch_lora_weights.safetensors"

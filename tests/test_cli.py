@@ -30,7 +30,7 @@ from tests.cli_support import (
     tiny_run,
 )
 
-pytest_plugins = ["tests.cli_support"]
+pytest_plugins = ["tests.cli_fixtures"]
 
 HEAVY = ("torch", "numpy", "diffusers", "peft", "transformers", "huggingface_hub")
 EVERY = sorted(root.commands)
@@ -116,24 +116,24 @@ def test_every_command_has_the_same_output_options(name: str) -> None:
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 SUMMARY = {
-        "schema",
-        "path",
-        "container",
-        "ranks",
-        "bytes",
-        "dialect",
-        "reason",
-        "model",
-        "config",
-        "adapter",
-        "problem",
-        "contents",
-        "notices",
-        "next",
-    }
+    "schema",
+    "path",
+    "container",
+    "ranks",
+    "bytes",
+    "dialect",
+    "reason",
+    "model",
+    "config",
+    "adapter",
+    "problem",
+    "contents",
+    "notices",
+    "next",
+}
 ADAPTER = {"ranks", "alphas", "alpha_sources", "scales", "targets", "modules", "layers", "dtypes"}
 GROUP = {"what", "tensors", "bytes", "names"}
-CONVERSION = {"schema", "out", "to", "dry_run", "source", "files", "plan", "notices", "proofs"}
+CONVERSION = {"schema", "out", "to", "dry_run", "source", "files", "plan", "notices", "proofs", "crc32"}
 FILE = {"name", "bytes", "sha256"}
 PLANNED = {"file", "name", "dtype", "shape", "how", "exact"}
 PROOF = {"subject", "checks", "controls"}
@@ -393,13 +393,15 @@ MISTAKES: dict[str, Mistake] = {
         lambda f, r, a: ["inspect", _two_iterations(f / "x")], 2, "several iterations", "1000",
     ),
     "alpha that is no number": (lambda f, r, a: ["inspect", r, "--alpha", "one"], 2, "--alpha", "--help"),
-    "alpha of zero": (lambda f, r, a: ["convert", r, "-o", f / "out", "--to", "peft", "--alpha", "0"], 2, "above", "--alpha"),
+    "alpha of zero": (
+        lambda f, r, a: ["convert", r, "-o", f / "out", "--to", "peft", "--alpha", "0"], 2, "above", "--alpha",
+    ),
     "negative alpha": (lambda f, r, a: ["sat2diffusers", r, "-o", f / "out", "--alpha", "-1"], 2, "--alpha", "--alpha"),
     "alpha of zero to inspect": (lambda f, r, a: ["inspect", r, "--alpha", "0"], 2, "above", "--alpha"),
     "alpha that is not a number": (lambda f, r, a: ["inspect", r, "--alpha", "nan"], 2, "alpha", "--alpha"),
     "infinite alpha": (lambda f, r, a: ["sat2diffusers", r, "-o", f / "out", "--alpha", "inf"], 2, "alpha", "--alpha"),
     "a shard size without a unit": (
-        lambda f, r, a: ["sat2diffusers", r, "-o", f / "out", "--max-shard-size", "5"], 2, "not a size", "--max-shard-size",
+        lambda f, r, a: ["sat2diffusers", r, "-o", f / "out", "--max-shard-size", "5"], 2, "not a size", "10GB",
     ),
     "a dtype with a typo": (lambda f, r, a: ["sat2diffusers", r, "-o", f / "out", "--dtype", "f16"], 2, "f16", "fp16"),
     "nothing as path": (lambda f, r, a: ["sat2diffusers", r, "-o", ""], 2, "name", "-o"),

@@ -22,6 +22,7 @@ from loraconv.errors import FormatError, ProofFailed, UsageError
 from loraconv.health import check_adapter, check_base, nonfinite_error
 from loraconv.io.atomic import OutputFile, OutputFolder, output_folder
 from loraconv.io.safetensors_write import write_safetensors
+from loraconv.io.target import MANIFEST
 from loraconv.io.torch_write import write_torch
 from loraconv.lazy import Lazy
 from loraconv.model_config import infer_config
@@ -36,7 +37,6 @@ from loraconv.verify.oracles import rank_distances
 from loraconv.verify.proof import Proof
 
 What = Literal["lora", "base", "all"]
-MANIFEST = "loraconv.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,4 +362,4 @@ def _manifest(result: ConvertResult, options: _Options) -> str:
         "strict": options.strict,
     }
     value["versions"] = {"loraconv": __version__, "numpy": numpy.__version__}
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"

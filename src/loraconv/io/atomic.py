@@ -17,45 +17,46 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import hashlib
-import json
 import os
-import queue
 import re
 import secrets
 import shutil
 import stat
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from loraconv.errors import UsageError, WriteFailed
+from loraconv.errors import WriteFailed
+from loraconv.io.digest import Digest
 from loraconv.io.input_file import InputFile
+from loraconv.io.target import (
+    Inode,
+    already_there,
+    check_space,
+    input_inodes,
+    mode_of,
+    old_output,
+    reported,
+    resolve_target,
+    shown,
+    write_failed,
+)
 from loraconv.lazy import PIECE_BYTES
-from loraconv.names import human_bytes, printable, quoted
+from loraconv.names import quoted
 
-#: The manifest of every output; a folder without a valid one was not written by loraconv and is never replaced.
-MANIFEST = "loraconv.json"
-MANIFEST_LIMIT = 64 << 20
+#: Writeback to the disk is begun after this many bytes.
 WRITEBACK_BYTES = 64 << 20
-QUEUED_PIECES = 8
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _AT_FDCWD, _RENAME_EXCHANGE, _SYNC_FILE_RANGE_WRITE = -100, 2, 2
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 # EPERM: what old container sandboxes answer to a call they do not know.
 _NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
 # copy_file_range between these files, or at all, is not to be had.
 _NO_COPY = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.ETXTBSY, errno.EXDEV}
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
-
-Inode = tuple[int, int]
 
 
 @contextmanager
@@ -69,11 +70,11 @@ def output_folder(
     :class:`WriteFailed` (``output-exists``, ``output-foreign``, ``no-space``, ``not-writable``, ``write-failed``: the
     target is as it was; ``durability-unknown``, ``old-remains``: the new output is in place).
     """
-    place = _resolve(target)
-    known = _input_inodes(place, inputs)
+    place = resolve_target(target)
+    known = input_inodes(place, inputs)
     _sweep(place)
-    _old_output(place, overwrite, known)
-    _check_space(place, needed)
+    old_output(place, overwrite, known)
+    check_space(place, needed)
     folder = OutputFolder(place, known, needed, overwrite)
     try:
         folder._open()
@@ -118,7 +119,7 @@ class OutputFolder:
         self._aside = self._target.with_name(f"{stem}.old")
 
     def _open(self) -> None:
-        with _reported(self._target, self._needed):
+        with reported(self._target, self._needed):
             self._make_parents()
             # What replaces an existing folder stays private until it gets that folder's mode.
             mode = 0o700 if self._target.is_dir() else 0o777
@@ -144,7 +145,7 @@ class OutputFolder:
         for parent in reversed(PurePosixPath(relative).parents):
             folder = self.path / parent
             if folder not in self._folders:
-                with _reported(self._target / parent, self._needed):
+                with reported(self._target / parent, self._needed):
                     os.mkdir(folder)
                 self._folders.append(folder)
         return self.path / relative
@@ -154,9 +155,9 @@ class OutputFolder:
             raise RuntimeError(f"files that were not completed: {sorted(self._unfinished)}")
         for file in self._files:
             file._sync()
-        with _reported(self._target, self._needed):
+        with reported(self._target, self._needed):
             for folder in reversed(self._folders):
-                mode = _mode(self._target / folder.relative_to(self.path), stat.S_IFDIR)
+                mode = mode_of(self._target / folder.relative_to(self.path), stat.S_IFDIR)
                 if mode is not None:
                     os.chmod(folder, mode)
                 _sync_folder(folder)
@@ -166,7 +167,7 @@ class OutputFolder:
     def _publish(self) -> None:
         """Give the finished folder its name; an old output keeps the name until that very moment."""
         # Checked again: hours may have passed since the first time.
-        replaces = _old_output(self._target, self._overwrite, self._inputs)
+        replaces = old_output(self._target, self._overwrite, self._inputs)
         if replaces and _exchange(self.path, self._target):
             return
         if replaces:
@@ -175,7 +176,7 @@ class OutputFolder:
             os.rename(self.path, self._target)
         except OSError as error:
             if error.errno in _TAKEN:
-                raise _exists(self._target) from None
+                raise already_there(self._target) from None
             raise
 
     def _settle(self) -> None:
@@ -185,8 +186,8 @@ class OutputFolder:
         except OSError as error:
             self._keep_old = True
             raise WriteFailed(
-                f"{_shown(self._target)} is written, durability unknown",
-                where=_shown(self._target.parent),
+                f"{shown(self._target)} is written, durability unknown",
+                where=shown(self._target.parent),
                 why=f"the folder could not be flushed to the disk: {error.strerror}",
                 hint="check the disk, then write the output again",
                 slug="durability-unknown",
@@ -195,8 +196,8 @@ class OutputFolder:
             shutil.rmtree(old, ignore_errors=True)
             if os.path.lexists(old):
                 raise WriteFailed(
-                    f"{_shown(self._target)} is written, but the output it replaced could not be deleted",
-                    where=_shown(old),
+                    f"{shown(self._target)} is written, but the output it replaced could not be deleted",
+                    where=shown(old),
                     hint=f"rm -r {quoted(old)}",
                     slug="old-remains",
                 )
@@ -227,8 +228,8 @@ class OutputFile:
         self.path, self.size = path, 0
         self._final, self._needed = final, needed
         self._flushed = 0
-        self._hash = _Hash() if hashed else None
-        with _reported(final, needed):
+        self._hash = Digest() if hashed else None
+        with reported(final, needed):
             self._fd = os.open(path, _NEW_FILE, 0o666)
 
     @property
@@ -285,7 +286,7 @@ class OutputFile:
             offset, count = offset + done, count - done
 
     def _append(self, piece: memoryview) -> None:
-        with _reported(self._final, self._needed):
+        with reported(self._final, self._needed):
             while piece:
                 count = os.write(self._fd, piece)
                 self.size += count
@@ -299,16 +300,16 @@ class OutputFile:
 
     def _finish(self) -> None:
         """Nothing more will be written: check the length, set the mode, let the disk begin."""
-        with _reported(self._final, self._needed):
+        with reported(self._final, self._needed):
             if os.fstat(self._fd).st_size != self.size:
                 raise OSError(errno.EIO, "the file is not as long as what was written to it")
-            mode = _mode(self._final, stat.S_IFREG)
+            mode = mode_of(self._final, stat.S_IFREG)
             if mode is not None:
                 os.fchmod(self._fd, mode & 0o777)
         _start_writeback(self._fd, self._flushed, self.size - self._flushed)
 
     def _sync(self) -> None:
-        with _reported(self._final, self._needed):
+        with reported(self._final, self._needed):
             os.fsync(self._fd)
             self._close()
 
@@ -327,219 +328,7 @@ def _copied_in_kernel(source: InputFile, descriptor: int, offset: int, count: in
     except OSError as error:
         if error.errno in _NO_COPY:
             return 0
-        raise _write_failed(final, error, needed) from None
-
-
-Range = tuple[InputFile, int, int]
-
-
-class _Hash:
-    """SHA-256 of what it is fed; from 4 MiB on a thread computes it while the caller goes on.
-
-    A copied range is read a second time by the thread, so that its bytes never pass through the caller.
-    """
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._fed = 0
-        self._queue: queue.Queue[bytes | memoryview | Range | None] = queue.Queue(QUEUED_PIECES)
-        self._thread: threading.Thread | None = None
-        self._stopped = False
-        self._error: Exception | None = None
-
-    def update(self, piece: bytes | memoryview) -> None:
-        self._take(piece, len(piece))
-
-    def update_from(self, source: InputFile, offset: int, count: int) -> None:
-        self._take((source, offset, count), count)
-
-    def _take(self, item: bytes | memoryview | Range, count: int) -> None:
-        self._fed += count
-        if self._thread is None and self._fed < PIECE_BYTES:
-            self._digest(item)
-            return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, daemon=True)
-            self._thread.start()
-        self._queue.put(item)
-
-    def finish(self) -> str:
-        """Wait for the thread, which then ends; the digest so far. A second call does nothing more."""
-        if self._thread is not None and self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._hash.hexdigest()
-
-    def stop(self) -> None:
-        """End the thread as soon as it has finished the piece in its hands; for a file that is given up or done."""
-        self._stopped = True
-        with suppress(Exception):
-            self.finish()
-
-    def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._error is None and not self._stopped:
-                try:
-                    self._digest(item)
-                except Exception as error:  # carried to the caller's thread by finish()
-                    self._error = error
-
-    def _digest(self, item: bytes | memoryview | Range) -> None:
-        if not isinstance(item, tuple):
-            self._hash.update(item)
-            return
-        source, offset, count = item
-        for start in range(offset, offset + count, PIECE_BYTES):
-            if self._stopped:
-                return
-            self._hash.update(source.pread(start, min(PIECE_BYTES, offset + count - start)))
-
-
-def _resolve(target: str | Path) -> Path:
-    """The real path of the target, links followed; raises :class:`UsageError` for what cannot name a folder."""
-    try:
-        place = Path(os.path.realpath(target)) if os.fspath(target) else Path("/")
-    except ValueError as error:
-        raise UsageError("the output is not a path", where=printable(str(target)), why=str(error)) from None
-    if not place.name:
-        raise UsageError("the output needs a name", where=printable(str(target)), hint="choose a folder with -o")
-    return place
-
-
-def _input_inodes(target: Path, inputs: Iterable[str | Path]) -> frozenset[Inode]:
-    """The inputs by inode, which no spelling, link or letter case can disguise; raises :class:`UsageError`."""
-    above = list(_chain(target))
-    own = next(_chain(target), None) if os.path.lexists(target) else None
-    inodes = set()
-    for given in inputs:
-        try:
-            inode = _inode(os.stat(given))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot open {_shown(given)}", why=str(error), slug="not-found") from None
-        around = {*_chain(Path(os.path.abspath(given))), *_chain(Path(os.path.realpath(given)))}
-        if inode in above or own in around:
-            raise _is_input(target, given)
-        inodes.add(inode)
-    return frozenset(inodes)
-
-
-def _is_input(target: Path, given: str | Path) -> UsageError:
-    return UsageError(
-        f"the output {_shown(target)} is, holds or lies inside an input",
-        where=_shown(given),
-        hint="choose a folder outside of every input with -o",
-        slug="output-is-input",
-    )
-
-
-def _chain(path: Path) -> Iterator[Inode]:
-    """The inodes of ``path`` and of every folder above it, as far as they exist."""
-    for step in (path, *path.parents):
-        with suppress(OSError):
-            yield _inode(os.stat(step))
-
-
-def _inode(info: os.stat_result) -> Inode:
-    return info.st_dev, info.st_ino
-
-
-def _old_output(target: Path, overwrite: bool, inputs: frozenset[Inode]) -> bool:
-    """Whether an earlier output, which may be replaced, is at ``target``; False if the place is free or empty.
-
-    Raises :class:`WriteFailed` if something else is there, or an output without ``overwrite``.
-    """
-    with _reported(target):
-        if not os.path.lexists(target):
-            return False
-        if not stat.S_ISDIR(os.lstat(target).st_mode):
-            raise WriteFailed(
-                f"{_shown(target)} exists and is not a folder", slug="output-exists", hint="choose another name with -o"
-            )
-        _check_writable(target)
-        if not os.listdir(target):
-            return False
-        if not overwrite:
-            raise _exists(target)
-        foreign = list(islice(_foreign(target, inputs), 3))
-    if foreign:
-        raise WriteFailed(
-            f"{_shown(target)} holds files that loraconv did not write, and is not replaced",
-            where=", ".join(printable(name) for name in foreign),
-            why=f"a valid {MANIFEST} in that folder must list every file of it",
-            hint="choose another folder with -o",
-            slug="output-foreign",
-        )
-    return True
-
-
-def _exists(target: Path) -> WriteFailed:
-    return WriteFailed(
-        f"{_shown(target)} exists and is not empty",
-        hint="pass --overwrite to replace it, or choose another folder with -o",
-        slug="output-exists",
-    )
-
-
-def _foreign(target: Path, inputs: frozenset[Inode]) -> Iterator[str]:
-    """What is in ``target`` and not in its manifest; raises :class:`UsageError` for a hard link of an input."""
-    files = _listed(target)
-    folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}
-    for name, entry in _entries(target):
-        if _inode(entry.stat(follow_symlinks=False)) in inputs:
-            raise _is_input(target, target / name)
-        if entry.is_dir(follow_symlinks=False):
-            _check_writable(target / name)
-            ours = name in folders
-        else:
-            ours = name in files and entry.is_file(follow_symlinks=False)
-        if not ours:
-            yield name
-
-
-def _listed(target: Path) -> set[str]:
-    """The file names in the manifest of ``target`` and the manifest's own; nothing if there is no valid one."""
-    path = target / MANIFEST
-    try:
-        info = os.lstat(path)
-        if not stat.S_ISREG(info.st_mode) or info.st_size > MANIFEST_LIMIT:
-            return set()
-        names = [entry["name"] for entry in json.loads(path.read_bytes())["files"]]
-    except (FileNotFoundError, ValueError, TypeError, LookupError, RecursionError):
-        return set()
-    return {MANIFEST, *names} if all(isinstance(name, str) for name in names) else set()
-
-
-def _entries(folder: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    with os.scandir(folder) as found:
-        for entry in sorted(found, key=lambda entry: entry.name):
-            yield prefix + entry.name, entry
-            if entry.is_dir(follow_symlinks=False):
-                yield from _entries(folder / entry.name, f"{prefix}{entry.name}/")
-
-
-def _check_writable(folder: Path) -> None:
-    # A protected folder could be swapped out, but not deleted afterwards.
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, f"{_shown(folder)} is write-protected")
-
-
-def _check_space(target: Path, needed: int) -> None:
-    with _reported(target, needed):
-        free = _free(target)
-        if free is not None and free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _free(path: Path) -> int | None:
-    """Free bytes where ``path`` is or will be; None if the file system does not tell."""
-    info = os.statvfs(_existing(path))
-    return info.f_bavail * info.f_frsize if info.f_blocks else None
-
-
-def _existing(path: Path) -> Path:
-    return next((step for step in (path, *path.parents) if os.path.isdir(step)), Path("/"))
+        raise write_failed(final, error, needed) from None
 
 
 def _lock(path: Path) -> int | None:
@@ -627,40 +416,3 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _mode(path: Path, kind: int) -> int | None:
-    """The permission bits of ``path``; None if it is missing or of another kind."""
-    try:
-        mode = os.lstat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return stat.S_IMODE(mode) if stat.S_IFMT(mode) == kind else None
-
-
-@contextmanager
-def _reported(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turn an OSError of the block into :class:`WriteFailed` with the path the user knows."""
-    try:
-        yield
-    except OSError as error:
-        raise _write_failed(path, error, needed) from None
-
-
-def _write_failed(path: Path, error: OSError, needed: int) -> WriteFailed:
-    why, slug = error.strerror or str(error), "write-failed"
-    folder = quoted(_existing(path.parent))
-    hint = f"choose another folder with -o, or look at this one: ls -ld {folder}"
-    if error.errno in _NO_SPACE:
-        slug, hint = "no-space", f"free some space: df -h {folder}"
-        with suppress(OSError):
-            free = _free(path)
-            known = "unknown" if free is None else f"{human_bytes(free)} ({free} bytes)"
-            why = f"{why}: {human_bytes(needed)} ({needed} bytes) needed, {known} free"
-    elif error.errno in _NO_ACCESS:
-        slug = "not-writable"
-    return WriteFailed(f"cannot write {_shown(path)}", why=why, hint=hint, slug=slug)
-
-
-def _shown(path: str | Path) -> str:
-    return printable(str(path), limit=1000)
