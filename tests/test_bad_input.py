@@ -145,7 +145,8 @@ def test_a_flipped_bit_never_changes_an_output(refusals: Refusals, sat: Path, go
                 shutil.rmtree(out)
             else:
                 assert_clear_error(done, {3, 4})
-                assert done.code == 4 or int(name.split()[1]) < 32, name
+                # 3: the damaged bit makes it a file of another kind, such as a zip without a member data.pkl.
+                assert done.code == 4 or "not a torch checkpoint" in done.err, name
             assert os.listdir(refusals.outputs) == []
     print(codes)
     assert codes[4] > count // 2

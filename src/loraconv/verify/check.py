@@ -17,7 +17,7 @@ from loraconv.lazy import TensorRef
 from loraconv.verify.adapter import prove_adapter
 from loraconv.verify.base import prove_base
 from loraconv.verify.numbers import Expectation
-from loraconv.verify.oracles import pairs_of, yaml_settings
+from loraconv.verify.oracles import check_written, pairs_of, yaml_settings
 from loraconv.verify.proof import Proof
 
 
@@ -54,7 +54,9 @@ def prove_written(
             stored = {n: t for file in opened for n, t in _safetensors(file)[0].items()}
             return prove_base(list(source.ranks), stored, config, dtype)
         tensors, metadata = _torch(opened[0]) if kind == "sat" else _safetensors(opened[0])
-        written = pairs_of(kind, [tensors], metadata, _settings(kind, folder), None)
+        settings = _settings(kind, folder)
+        check_written(kind, tensors, metadata, settings)
+        written = pairs_of(kind, [tensors], metadata, settings, None)
         pairs = pairs_of(source_kind, list(source.ranks), source.metadata, source.config, alpha)
         return prove_adapter(Expectation(pairs, dtypes), written, scale_ignored=every_consumer)
 

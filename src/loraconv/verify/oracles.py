@@ -112,22 +112,28 @@ def rank_distances(ranks: list[Tensors]) -> dict[str, float]:
 
 
 def _sat_alpha(settings: Mapping[str, Any] | None) -> Fraction:
+    told = _sat_setting(settings, "lora_alpha")
+    return Fraction(1) if told is None else Fraction(told)
+
+
+def _sat_setting(settings: Mapping[str, Any] | None, key: str) -> Any:
     here: Any = settings
-    for step in ("model", "network_config", "params", "modules", "lora_config", "params", "lora_alpha"):
+    for step in ("model", "network_config", "params", "modules", "lora_config", "params", key):
         here = here.get(step) if isinstance(here, Mapping) else None
-    return Fraction(1) if here is None else Fraction(here)
+    return here
 
 
 def diffusers_pairs(tensors: Tensors, metadata: Mapping[str, str], alpha: Fraction | None) -> dict[str, Pair]:
     """diffusers: peft's rule on the header's ``lora_adapter_metadata`` (or finetrainers' ``lora_config``); else 1."""
-    text = metadata.get("lora_adapter_metadata")
-    config: dict[str, Any] = {}
-    if text is not None:
-        stated = json.loads(text)
-        config = {k.removeprefix("transformer."): v for k, v in stated.items()}
-    elif "lora_config" in metadata:
-        config = json.loads(metadata["lora_config"])
-    return _peft_like(tensors, ("transformer.", ""), config, alpha)
+    return _peft_like(tensors, ("transformer.", ""), _header_config(metadata), alpha)
+
+
+def _header_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    if "lora_adapter_metadata" in metadata:
+        stated = json.loads(metadata["lora_adapter_metadata"])
+        return {key.removeprefix("transformer."): value for key, value in stated.items()}
+    config: dict[str, Any] = json.loads(metadata.get("lora_config", "{}"))
+    return config
 
 
 def peft_pairs(tensors: Tensors, config: Mapping[str, Any], alpha: Fraction | None) -> dict[str, Pair]:
@@ -147,6 +153,8 @@ def _peft_like(
         sides.setdefault(module[len(prefix) :], {})[side[0]] = ref
     pairs = {}
     for module, both in sides.items():
+        if len(both) < 2:
+            raise _not_covered(f"{module}, one factor of two")
         rank = both["A"].shape[0]
         told = alpha if alpha is not None else _peft_alpha(config, module, rank)
         pairs[module] = Pair(both["A"], both["B"], _peft_scale(told, rank, config.get("use_rslora") is True))
@@ -188,3 +196,36 @@ def pairs_of(
     if kind == "peft":
         return peft_pairs(ranks[0], settings or {}, alpha)
     return diffusers_pairs(ranks[0], metadata, alpha)
+
+
+def check_written(kind: str, tensors: Tensors, metadata: Mapping[str, str], settings: Mapping[str, Any] | None) -> None:
+    """Raise :class:`ProofFailed` where a consumer would not build the right modules from what was written.
+
+    A consumer makes the modules that the configuration names, of the rank that it names, before it fills them; and
+    diffusers passes over every key without the component's prefix.
+    """
+    if kind == "sat":
+        ranks = {ref.shape[0] for name, ref in tensors.items() if ".matrix_A." in name}
+        told = {_sat_setting(settings, "r")}
+        if ranks != told:
+            raise _unloadable(f"the settings say r = {told}, the factors have {ranks}")
+        return
+    config = (settings or {}) if kind == "peft" else _header_config(metadata)
+    prefix = "base_model.model." if kind == "peft" else "transformer."
+    names = {name.removeprefix(prefix).rpartition(".lora_")[0] for name in tensors if name.startswith(prefix)}
+    if len(names) * 2 != len(tensors):
+        raise _unloadable(f"keys without the prefix {prefix}")
+    if names != set(config.get("target_modules", ())):
+        raise _unloadable("target_modules are not the modules of the file")
+    special = config.get("rank_pattern") or {}
+    wrong = [n for n in names if tensors[f"{prefix}{n}.lora_A.weight"].shape[0] != special.get(n, config.get("r"))]
+    if wrong:
+        raise _unloadable(f"another rank than the configuration says: {wrong[0]}")
+
+
+def _unloadable(why: str) -> ProofFailed:
+    return ProofFailed(
+        "consumers would not load the written adapter as it is",
+        why=why,
+        hint="please report this, with the output of loraconv inspect on the source",
+    )
