@@ -323,10 +323,22 @@ def _rotary_table(spec: RunSpec, name: str) -> torch.Tensor:
     return angles.sin() if name.endswith("sin") else angles.cos()
 
 
+def _position_table(spec: RunSpec) -> torch.Tensor:
+    """The fixed table of the 2B, which SAT computes as diffusers does (checked on the recorded run)."""
+    from diffusers.models.embeddings import get_3d_sincos_pos_embed
+
+    frames, height, width = spec.video
+    axes = ((width // 2, height // 2), (frames - 1) // 4 + 1)
+    video = get_3d_sincos_pos_embed(spec.hidden, *axes, 1.875, 1.0, output_type="pt").flatten(0, 1)
+    return torch.cat([torch.zeros(spec.text_length, spec.hidden), video])[None]
+
+
 def _value(spec: RunSpec, name: str, shape: tuple[int, ...], noise: torch.Generator) -> torch.Tensor:
     draw = torch.randn(shape, generator=noise)
     if ".freqs_" in name:
         return _rotary_table(spec, name)
+    if name.endswith("pos_embed.pos_embedding") and spec.variant == "2b":
+        return _position_table(spec)
     if ".matrix_A." in name:
         # Kaiming uniform with a = sqrt(5), as the real layers start.
         return (torch.rand(shape, generator=noise) * 2 - 1) / math.sqrt(shape[1])

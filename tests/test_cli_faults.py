@@ -280,7 +280,7 @@ def surroundings(number: int, source: Path, folder: Path) -> tuple[dict[str, str
 def test_the_same_command_writes_the_same_bytes_everywhere(tmp_path: Path, target: str, runs: int) -> None:
     source = tiny_run(tmp_path / "source")
     seen = set()
-    for number in range(runs):
+    for number in (0, 1, 2, 9) if runs == 4 else range(runs):  # 9: the current folder is the source
         env, cwd, spelling = surroundings(number, source, tmp_path)
         out = tmp_path / f"deep/{number}/out"
         words = ["sat2diffusers", spelling, "--what", "all", "--max-shard-size", SHARD]
@@ -339,9 +339,9 @@ def test_a_signal_at_any_time_leaves_no_debris(job: Job, number: signal.Signals,
         )
         time.sleep(draw.uniform(0.3 * duration, duration))
         process.send_signal(number)
-        process.communicate(timeout=60)
+        _, err = process.communicate(timeout=60)
         seen[process.returncode] = seen.get(process.returncode, 0) + 1
-        assert process.returncode in (0, 128 + number, -number)
+        assert process.returncode in (0, 128 + number, -number), err
         assert job.state(work) in (job.unchanged, "new")
         assert debris(work) == []
     print(seen)

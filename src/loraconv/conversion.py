@@ -247,7 +247,7 @@ def _base_job(source: Source, detected: Detected, options: _Options, limit: int,
             raise nonfinite_error(bad, str(source.path))
         return checksums
 
-    return _Job(plan, place, {"config": config, "dtype": options.dtype_name}, check)
+    return _Job(plan, place, {"dtype": options.dtype_name}, check)
 
 
 def _finish(
@@ -318,16 +318,22 @@ def _prove(source: Source, detected: Detected, folder: OutputFolder, job: _Job) 
         **job.proof,
     )
     failures = proof.failures()
-    if job.plan.exact and proof.bound:
+    if job.plan.exact and proof.rounded:
         failures.append("numbers were rounded that the plan calls exact")
     if failures or not proof.passed:
         raise ProofFailed(
             "the written output does not equal its source; nothing was left behind",
             where="; ".join(failures[:4]) or "no control could be made",
             why="a defect in loraconv, a damaged disk, or a dtype that cannot hold these numbers",
-            hint="without --dtype the numbers are kept as they are; if you passed none, please report this",
+            hint=_mend(failures),
         )
     return proof
+
+
+def _mend(failures: list[str]) -> str:
+    if any("positions" in failure for failure in failures):
+        return "put the run's own training_config.yaml into its folder: the sample size and interpolation stand there"
+    return "without --dtype the numbers are kept as they are; if you passed none, please report this"
 
 
 def _planned(plan: Plan) -> list[dict[str, Any]]:

@@ -77,16 +77,14 @@ def conversion(result: ConvertResult) -> str:
 
 def proof(result: Proof) -> str:
     """One line: how many modules or tensors, how equal, and the controls."""
-    equal = next((c for c in result.checks if c.level in ("L2", "L1") and c.bound is not None), None)
     count = result.checks[0].count
-    what = "modules" if result.subject == "adapter" else "tensors"
-    if result.bound == 0 and equal is None:
-        how = "byte for byte equal"
-    elif result.bound == 0:
-        how = "equal number for number"
-    else:
-        how = f"max relative error {result.figure:.1e}, bound {result.bound:.1e}"
-    return f"{result.subject}: {count}/{count} {what}, {how}; controls caught {result.caught}"
+    if result.subject == "base":
+        return f"base: {count}/{count} tensors, {result.checks[1].name}; controls caught {result.caught}"
+    delta = next(c for c in result.checks if c.bound is not None)
+    how = (
+        f"max relative error {delta.figure:.1e}, bound {delta.bound:.1e}" if delta.bound else "equal number for number"
+    )
+    return f"adapter: {count}/{count} modules, {how}; controls caught {result.caught}"
 
 
 def next_step(result: ConvertResult) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from loraconv.lazy import Joined, Lazy, TensorRef, Viewed
 from loraconv.names import fold_names
 from loraconv.verify.numbers import Held, Pair, Tensor, coarse, compare, same_bytes, values
+from loraconv.verify.positions import agrees
 from loraconv.verify.proof import Check, Control, Proof
 
 Tensors = Mapping[str, TensorRef]
@@ -41,6 +42,7 @@ _OUTER = {
     "patch_embed.proj": "mixins.patch_embed.proj",
     "patch_embed.text_proj": "mixins.patch_embed.text_proj",
 }
+_ROTARY = ("transformer.position_embeddings.weight", "mixins.pos_embed.freqs_sin")
 _BY_ROWS = ("attention.query_key_value", "mlp.dense_h_to_4h")
 _BY_COLUMNS = ("attention.dense", "mlp.dense_4h_to_h")
 
@@ -133,10 +135,25 @@ def prove_base(ranks: list[Tensors], stored: Mapping[str, Lazy], config: Mapping
     checks = [names]
     if names.passed:
         wrong = [n for n in shapes if not _agrees(source_of(ranks, n, shapes[n]), stored[n], dtype)]
-        what = "bytes of every tensor" if dtype is None else f"every number, within half a unit of {dtype}"
+        what = "byte for byte equal" if dtype is None else f"every number within half a unit of {dtype}"
         detail = f"other content in {'; '.join(fold_names(wrong)[:4])}" if wrong else ""
         checks.append(Check("L1", what, not wrong, len(shapes), detail=detail))
+        checks += _positions(ranks[0], config)
     return Proof("base", tuple(checks), _controls(ranks, stored, shapes, dtype) if names.passed else ())
+
+
+def _positions(tensors: Tensors, config: Mapping[str, Any]) -> list[Check]:
+    """How the model knows positions, which its diffusers weights do not show: rotary or not, and for which sample."""
+    rotary = any(f"{_DIT}{name}" in tensors for name in _ROTARY)
+    right = config["use_rotary_positional_embeddings"] is rotary
+    detail = "" if right else f"the checkpoint {'is' if rotary else 'is not'} rotary"
+    checks = [Check("L1", "the kind of positions", right, 1, detail=detail)]
+    held = tensors.get(_DIT + "mixins.pos_embed.pos_embedding")
+    if held is not None and not rotary:
+        fine, gap, bound = agrees(values(held)[0], held.dtype, config)
+        detail = "" if fine else f"diffusers would compute another table: off by {gap:.1e}"
+        checks.append(Check("L1", "the table of positions that diffusers computes", fine, 1, gap, bound, detail))
+    return checks
 
 
 def _names(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Lazy]) -> Check:

@@ -39,7 +39,6 @@ def prove_written(
     dtypes: Mapping[str, tuple[str, str]],
     alpha: Fraction | None = None,
     every_consumer: bool = False,
-    config: Mapping[str, Any] | None = None,
     dtype: str | None = None,
 ) -> Proof:
     """The proof of the output of format ``kind`` (``sat``, ``diffusers``, ``peft`` or ``base``) in ``folder``.
@@ -50,15 +49,36 @@ def prove_written(
     with ExitStack() as stack:
         opened = [stack.enter_context(InputFile(folder / name)) for name in files]
         if kind == "base":
-            assert config is not None
-            stored = {n: t for file in opened for n, t in _safetensors(file)[0].items()}
-            return prove_base(list(source.ranks), stored, config, dtype)
+            stored = {name: _safetensors(file)[0] for name, file in zip(files, opened, strict=True)}
+            _check_index(folder, stored)
+            tensors = {n: t for shard in stored.values() for n, t in shard.items()}
+            return prove_base(list(source.ranks), tensors, _json(folder / "config.json"), dtype)
         tensors, metadata = _torch(opened[0]) if kind == "sat" else _safetensors(opened[0])
         settings = _settings(kind, folder)
         check_written(kind, tensors, metadata, settings)
         written = pairs_of(kind, [tensors], metadata, settings, None)
         pairs = pairs_of(source_kind, list(source.ranks), source.metadata, source.config, alpha)
         return prove_adapter(Expectation(pairs, dtypes), written, scale_ignored=every_consumer)
+
+
+def _check_index(folder: Path, shards: Mapping[str, Mapping[str, TensorRef]]) -> None:
+    """Every tensor is in one shard, and the index says which; a single file has no index."""
+    total = sum(len(tensors) for tensors in shards.values())
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    if len(shards) == 1 and not index.exists():
+        return
+    told = _json(index)["weight_map"]
+    found = {name: file for file, tensors in shards.items() for name in tensors}
+    if told != found or len(found) != total:
+        raise ProofFailed(
+            "the index of the shards does not say where the tensors are",
+            hint="please report this, with the output of loraconv inspect on the source",
+        )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
 
 
 def _safetensors(file: InputFile) -> tuple[dict[str, TensorRef], dict[str, str]]:
@@ -88,6 +108,5 @@ def _settings(kind: str, folder: Path) -> dict[str, Any] | None:
     if kind == "sat":
         return yaml_settings((folder / "training_config.yaml").read_text(encoding="utf-8"))
     if kind == "peft":
-        value: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        return value
+        return _json(folder / "adapter_config.json")
     return None

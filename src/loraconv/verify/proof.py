@@ -50,14 +50,9 @@ class Proof:
         return f"{sum(c.caught is True for c in real)}/{len(real)}"
 
     @property
-    def figure(self) -> float:
-        """The greatest relative error that any check found."""
-        return max((c.figure for c in self.checks if c.figure is not None), default=0.0)
-
-    @property
-    def bound(self) -> float:
-        """The greatest bound of any check; 0 means that every number is equal."""
-        return max((c.bound for c in self.checks if c.bound is not None), default=0.0)
+    def rounded(self) -> bool:
+        """True if a check of stored numbers (L2) found them rounded."""
+        return any(c.level == "L2" and c.bound for c in self.checks)
 
     def failures(self) -> list[str]:
         """Every check that failed and every control that was missed, in words."""

@@ -1,0 +1,65 @@
+"""The table of positions that diffusers computes for a CogVideoX without rotary embeddings.
+
+Such a model (2B) keeps no table in its diffusers weights: it is computed from the configuration. So that is
+right only if the computation gives the table that the model was trained with, which its SAT checkpoint holds.
+
+Definition: ``diffusers.models.embeddings.get_3d_sincos_pos_embed``: a quarter of the width for the frame, three eighths
+each for column and row; in each part the sines of ``position / 10000 ** (2 i / width)``, then the cosines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from loraconv.verify.numbers import HALF_ULP
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+
+def table(config: Mapping[str, Any]) -> Array:
+    """The table in float64: ``(text + frames * rows * columns, width)``; the rows of the text are zero."""
+    import numpy as np
+
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    frames, rows, columns = _grid(config)
+    spatial, temporal = config["spatial_interpolation_scale"], config["temporal_interpolation_scale"]
+    by_frame = _waves(np.arange(frames) / temporal, width // 4)[:, None, None, :]
+    by_row = _waves(np.arange(rows) / spatial, width * 3 // 8)[None, :, None, :]
+    by_column = _waves(np.arange(columns) / spatial, width * 3 // 8)[None, None, :, :]
+    shape = (frames, rows, columns)
+    parts = [np.broadcast_to(part, (*shape, part.shape[-1])) for part in (by_frame, by_column, by_row)]
+    video = np.concatenate(parts, axis=-1).reshape(-1, width)
+    return np.concatenate([np.zeros((config["max_text_seq_length"], width)), video])
+
+
+def _grid(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    patch = config["patch_size"]
+    frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
+    return frames, config["sample_height"] // patch, config["sample_width"] // patch
+
+
+def _waves(positions: Array, width: int) -> Array:
+    import numpy as np
+
+    angles = np.outer(positions, 10000.0 ** -(np.arange(width // 2) / (width / 2)))
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def agrees(stored: Array, dtype: str, config: Mapping[str, Any]) -> tuple[bool, float, float]:
+    """``(agrees, greatest difference, bound)`` of a checkpoint's table against the computed one.
+
+    The bound: half a unit in the last place of the stored dtype at 1, and the angle, at most the greatest position,
+    from four float32 roundings (position, scale, frequency, product) in whoever computed it.
+    """
+    import numpy as np
+
+    own = table(config)
+    if own.shape != stored.shape:
+        return False, float("inf"), 0.0
+    bound = HALF_ULP[dtype][0] + max(_grid(config)) * 4 * HALF_ULP["F32"][0]
+    gap = float(np.max(np.abs(own - stored)))
+    return gap <= bound, gap, bound
