@@ -14,6 +14,7 @@ DIFFUSERS = Dialect(
     down="{module}.lora_A.weight",
     up="{module}.lora_B.weight",
     prefixes=("transformer.", ""),
+    header="lora_adapter_metadata",
     default_alpha="rank",
     default_why="diffusers applies scale 1 (alpha = rank) to a file without lora_adapter_metadata",
     every_consumer_reads_alpha=False,

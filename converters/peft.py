@@ -17,6 +17,9 @@ PEFT = Dialect(
     sidecar="adapter_config.json",
     rank_at="r",
     alpha_at="lora_alpha",
+    rank_pattern_at="rank_pattern",
+    alpha_pattern_at="alpha_pattern",
+    rslora_at="use_rslora",
     carries=("any module", "a rank and an alpha for each module", "rsLoRA"),
     facts="huggingface/peft src/peft/tuners/lora, src/peft/utils/save_and_load.py",
 )

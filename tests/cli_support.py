@@ -54,12 +54,13 @@ Cli = Callable[..., Done]
 
 @contextmanager
 def kept_handler() -> Iterator[None]:
-    """The CLI takes SIGTERM for itself; give it back."""
-    before = signal.getsignal(signal.SIGTERM)
+    """The CLI takes signals for itself; give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def launch(

@@ -424,8 +424,8 @@ ODD_SETTINGS: dict[str, str | bytes] = {
     "alpha is no date": settings("{r: 2, lora_alpha: 2024-13-45}"),
     "r contradicts": settings("{r: 128, lora_alpha: 4}"),
     "r is negative": settings("{r: -2, lora_alpha: 4}"),
+    "r is 2.5": settings("{r: 2.5, lora_alpha: 4}"),
     "r is text": settings("{r: two, lora_alpha: 4}"),
-    "r is 2.0": settings("{r: 2.0, lora_alpha: 4}"),
     "r is a list": settings("{r: [2], lora_alpha: 4}"),
     "r has 5000 hexadecimal digits": settings(f"{{r: 0x{'f' * 5000}, lora_alpha: 4}}"),
     "unhashable keys": "? [1, 2]\n: 3\n",
@@ -1003,19 +1003,19 @@ ODD_METADATA: dict[str, dict[str, str]] = {
         f"origin: {text[:40]}": {**adapter_metadata(), "loraconv.origin": text}
         for text in (
             "garbage", "", "null", "7", "[]", "{}", '{"": 7}', '{"": {}}', '{"": {"alpha": "x"}}',
-            json.dumps({"": {"alpha": "1/0", "rank": 2, "source": "", "dtype": "F32", "folded": True}}),
-            json.dumps({"": {"alpha": "nan", "rank": 2, "source": "", "dtype": "F32", "folded": True}}),
-            json.dumps({"": {"alpha": "-3", "rank": 2, "source": "\x1b[31m", "dtype": "F32", "folded": True}}),
-            json.dumps({"": {"alpha": "0", "rank": 2, "source": "", "dtype": "F32", "folded": True}}),
-            json.dumps({"": {"alpha": "4", "rank": 0, "source": "", "dtype": "F32", "folded": True}}),
-            json.dumps({"": {"alpha": "4", "rank": 3, "source": "", "dtype": "F32", "folded": True}}),
-            json.dumps({"": {"alpha": "4", "rank": -2, "source": "", "dtype": "F32", "folded": True}}),
-            json.dumps({"": {"alpha": "4", "rank": "2", "source": [], "dtype": "\x1b[31mF13", "folded": "no"}}),
-            json.dumps({"": {"alpha": "4", "rank": 2, "source": "", "dtype": "I64", "folded": True}}),
-            json.dumps({"": {"alpha": 1e308, "rank": 2, "source": "", "dtype": "F16", "folded": True}}),
-            json.dumps({"": {"alpha": 10**400, "rank": 2, "source": "", "dtype": "F32", "folded": True}}),
-            json.dumps({"": {"alpha": "1e-400", "rank": 2, "source": "", "dtype": "F32", "folded": True}}),
-            json.dumps({"\x1b[31m": {"alpha": "4", "rank": 2, "source": "", "dtype": "F32", "folded": True}}),
+            json.dumps({"": {"alpha": "1/0", "rank": 2, "source": "", "dtype": "F32", "place": "up"}}),
+            json.dumps({"": {"alpha": "nan", "rank": 2, "source": "", "dtype": "F32", "place": "up"}}),
+            json.dumps({"": {"alpha": "-3", "rank": 2, "source": "\x1b[31m", "dtype": "F32", "place": "up"}}),
+            json.dumps({"": {"alpha": "0", "rank": 2, "source": "", "dtype": "F32", "place": "up"}}),
+            json.dumps({"": {"alpha": "4", "rank": 0, "source": "", "dtype": "F32", "place": "up"}}),
+            json.dumps({"": {"alpha": "4", "rank": 3, "source": "", "dtype": "F32", "place": "up"}}),
+            json.dumps({"": {"alpha": "4", "rank": -2, "source": "", "dtype": "F32", "place": "up"}}),
+            json.dumps({"": {"alpha": "4", "rank": "2", "source": [], "dtype": "\x1b[31mF13", "place": "no"}}),
+            json.dumps({"": {"alpha": "4", "rank": 2, "source": "", "dtype": "I64", "place": "up"}}),
+            json.dumps({"": {"alpha": 1e308, "rank": 2, "source": "", "dtype": "F16", "place": "up"}}),
+            json.dumps({"": {"alpha": 10**400, "rank": 2, "source": "", "dtype": "F32", "place": "up"}}),
+            json.dumps({"": {"alpha": "1e-400", "rank": 2, "source": "", "dtype": "F32", "place": "up"}}),
+            json.dumps({"\x1b[31m": {"alpha": "4", "rank": 2, "source": "", "dtype": "F32", "place": "up"}}),
         )
     },
 }  # fmt: skip
@@ -1050,7 +1050,7 @@ def test_odd_metadata_never_breaks_a_command(refusals: Refusals, lora: bytes, ki
 def test_an_exponent_bomb_in_the_origin_is_refused_within_memory_and_time(
     refusals: Refusals, lora: bytes, alpha: str
 ) -> None:
-    origin = {"": {"alpha": alpha, "rank": 2, "source": "", "dtype": "F32", "folded": True}}
+    origin = {"": {"alpha": alpha, "rank": 2, "source": "", "dtype": "F32", "place": "up"}}
     path = refusals.file(with_metadata(lora, {**adapter_metadata(), "loraconv.origin": json.dumps(origin)}), WEIGHTS)
     measured = driven("measure", *argv("convert", path, refusals.outputs / "result"))
     assert measured["code"] in (0, 3, 4), measured
@@ -1102,6 +1102,6 @@ def test_a_number_that_is_none_is_refused_by_name(
     content["module"][name][3, 1] = value
     torch.save(content, rank_file(run))
     done = refusals(command, run, CORRUPT)
-    assert "attn1.to_k" in done.err
+    assert "matrix_B.1" in done.err
     assert "--allow-nonfinite" in done.err
     assert refusals.either(command, run, more=["--allow-nonfinite"]).code == 0

@@ -478,3 +478,21 @@ def test_a_defect_with_json_is_a_line_of_json_too(cli: Cli, monkeypatch: pytest.
 
     monkeypatch.setattr("loraconv.describe.inspect", broken)
     assert error_json(cli("inspect", sat, "--json").err)["code"] == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_is_turned_into_another_error_on_its_way_is_still_no_defect(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, sat: Path, number: signal.Signals, code: int
+) -> None:
+    # As the interpreter itself does with whatever is raised while a class is being made, in an import for example.
+    def interrupted(*_: Any, **__: Any) -> None:
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:
+            raise RuntimeError("Error calling __set_name__") from error
+
+    monkeypatch.setattr("loraconv.describe.inspect", interrupted)
+    done = cli("inspect", sat)
+    assert (done.code, done.out) == (code, "")
+    assert "defect" not in done.err
+    assert "Traceback" not in done.err

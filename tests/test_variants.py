@@ -364,8 +364,7 @@ def test_nan_in_a_factor_is_refused_by_name(dtype: torch.dtype, part: str, tmp_p
     run = build(small(nan_in=(part,), dtype=dtype), tmp_path)
     error = refused(CorruptCheckpoint, "nonfinite", lambda: to_lora(run, tmp_path / "out"), tmp_path)
     assert error.exit_code == 4
-    layer, target = ("1", "to_out.0") if "dense" in part else ("0", "to_v")
-    assert f"{layer}.attn1.{target}" in error.where
+    assert part in error.where
     assert "1 tensor" in error.what
 
 

@@ -12,6 +12,7 @@ from loraconv.rules import (
     Has,
     Kernel,
     Layers,
+    Positions,
     Regrouped,
     Release,
     Rename,
@@ -125,13 +126,14 @@ SETTINGS = (
     Setting("max_text_seq_length", 226, None, f"{_NETWORK}.modules.pos_embed_config.params.text_length"),
     Setting("activation_fn", "gelu-approximate"),
     Setting("timestep_activation_fn", "silu"),
-    Setting("norm_elementwise_affine", True, None, f"{_NETWORK}.elementwise_affine"),
+    Setting("norm_elementwise_affine", True, None, f"{_NETWORK}.elementwise_affine", kind="flag"),
     Setting("norm_eps", 1e-05),
     Setting(
         "spatial_interpolation_scale",
         1.875,
         None,
         f"{_NETWORK}.modules.pos_embed_config.params.height_interpolation",
+        kind="number",
     ),
     Setting("temporal_interpolation_scale", 1.0),
     Setting("use_rotary_positional_embeddings", None, Has(any_of=_ROTARY)),
@@ -146,7 +148,10 @@ COGVIDEOX = Family(
     component="transformer",
     spellings={"sat": SAT},
     settings=SETTINGS,
-    positions=_POSITIONS,
+    positions=(
+        Positions(_POSITIONS, 1, text=True),
+        Positions("mixins.pos_embed.freqs_sin", 0, text=False),
+    ),
     releases=(
         Release(
             "CogVideoX1.5-5B-I2V",

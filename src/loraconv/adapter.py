@@ -104,7 +104,8 @@ def _refuse_what_is_none(source: Source, detected: Detected) -> None:
         )
     if not detected.has_factors:
         trained = f"the trainer lists {len(source.trained)} trained tensors; " if source.trained else ""
-        kind = "a full fine-tune" if source.trained else "base weights"
+        training = bool(source.extras or detected.ledger.foreign)
+        kind = "a full fine-tune" if source.trained else "a whole model" if training else "base weights"
         raise FormatError(
             f"{where} holds no LoRA: it is {kind} of {detected.family.title}",
             why=f"{trained}{len(detected.ledger.base)} base tensors, no LoRA factor among them",

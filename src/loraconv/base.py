@@ -51,7 +51,7 @@ def _refuse(source: Source, detected: Detected) -> None:
             f"{where} holds only a part of each tensor",
             where=", ".join(fold_names(source.incomplete)[:3]),
             why="ZeRO-3 with more than one data-parallel rank saves rank 0's part and loses the others",
-            hint="save again with ZeRO stage 2",
+            hint="train or save again with ZeRO stage 2 (deepspeed.zero_optimization.stage in the YAML)",
             slug="zero3-partial",
         )
     if detected.spelling is None or not detected.ledger.base:
@@ -61,10 +61,11 @@ def _refuse(source: Source, detected: Detected) -> None:
             hint=f"loraconv inspect {quoted(source.path)}",
             slug="no-base",
         )
-    if detected.ledger.unknown:
+    unknown = [name for name in detected.ledger.unknown if name.startswith(detected.prefix)]
+    if unknown:
         raise FormatError(
-            f"{len(detected.ledger.unknown)} tensors are not part of any known {detected.family.title}",
-            where="; ".join(fold_names(detected.ledger.unknown)[:6]),
+            f"{len(unknown)} tensors are not part of any known {detected.family.title}",
+            where="; ".join(fold_names(unknown)[:6]),
             why="dropping them without a word would change the model",
             hint=f"loraconv inspect {quoted(source.path)}",
             slug="keys-unknown",

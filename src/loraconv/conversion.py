@@ -6,9 +6,10 @@ Every public function here is one command of the same name and options.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +20,14 @@ from loraconv.base import bare_tensors, read_base
 from loraconv.describe import Summary, summarise
 from loraconv.detect import Detected, detect
 from loraconv.errors import FormatError, ProofFailed, UsageError
+from loraconv.fold import refuse_ruin
 from loraconv.health import check_adapter, check_base, nonfinite_error
 from loraconv.io.atomic import OutputFile, OutputFolder, output_folder
 from loraconv.io.safetensors_write import write_safetensors
 from loraconv.io.target import MANIFEST
 from loraconv.io.torch_write import write_torch
 from loraconv.lazy import Lazy
-from loraconv.model_config import infer_config
+from loraconv.model_config import check_positions, infer_config
 from loraconv.names import DTYPE_WORDS, fold_names, printable, quoted
 from loraconv.plan import Plan, ScaleIn, plan_adapter
 from loraconv.plan_base import parse_size, plan_base
@@ -124,7 +126,7 @@ def convert(
     with open_source(src) as source:
         detected = detect(source)
         job, notices = _adapter_job(source, detected, target.name, options)
-        return _finish(source, detected, [job], notices, out, to, options, overwrite, dry_run)
+        return _finish(source, detected, [job], notices, _Request(out, to, options, overwrite, dry_run))
 
 
 def sat2diffusers(
@@ -165,7 +167,7 @@ def sat2diffusers(
             notices += said
         if what in ("base", "all"):
             jobs.append(_base_job(source, detected, options, limit, "transformer/" if what == "all" else ""))
-        return _finish(source, detected, jobs, notices, out, "diffusers", options, overwrite, dry_run)
+        return _finish(source, detected, jobs, notices, _Request(out, "diffusers", options, overwrite, dry_run))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,17 @@ class _Options:
         if self.dtype not in DTYPE_WORDS:
             raise UsageError(f"unknown dtype: {self.dtype!r}", hint=f"use one of {', '.join(DTYPE_WORDS)}")
         return DTYPE_WORDS[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """Where to write what, and how."""
+
+    out: str | Path
+    to: str
+    options: _Options
+    overwrite: bool
+    dry_run: bool
 
 
 def _adapter_job(source: Source, detected: Detected, to: str, options: _Options) -> tuple[_Job, list[str]]:
@@ -237,17 +250,37 @@ def _left_behind(source: Source, detected: Detected) -> list[str]:
 
 
 def _base_job(source: Source, detected: Detected, options: _Options, limit: int, place: str) -> _Job:
-    config = infer_config(detected.family, bare_tensors(source, detected), source.config)
+    bare = bare_tensors(source, detected)
+    inferred = infer_config(detected.family, bare, source.config)
+    config = inferred.values
+    check_positions(detected.family, bare, config, source.config is not None)
     tensors = read_base(source, detected, config)
     plan = plan_base(tensors, config, dialect("diffusers"), dtype=options.dtype_name, limit=limit)
 
     def check() -> dict[str, str]:
-        bad, checksums = check_base({o.name: o.tensor for file in plan.files for o in file.outputs})
+        made = {o.name: o.tensor for file in plan.files for o in file.outputs}
+        refuse_ruin(made)
+        bad, checksums = check_base(made)
         if bad and not options.allow_nonfinite:
             raise nonfinite_error(bad, str(source.path))
         return checksums
 
+    if source.config is None and inferred.assumed:
+        plan = replace(plan, notices=(_assumed(source, inferred.assumed, options.strict),))
     return _Job(plan, place, {"dtype": options.dtype_name}, check)
+
+
+def _assumed(source: Source, keys: tuple[str, ...], strict: bool) -> str:
+    """The notice that values of ``config.json`` are only the released models'; raises with ``strict``."""
+    text = f"no settings file was found, so these are the released models' values: {', '.join(keys)}"
+    if strict:
+        raise FormatError(
+            f"the model's configuration is not known: {text}",
+            where=printable(str(source.path)),
+            hint="put the run's training_config.yaml into its folder, or leave --strict out",
+            slug="config-unknown",
+        )
+    return text
 
 
 def _finish(
@@ -255,37 +288,57 @@ def _finish(
     detected: Detected,
     jobs: Sequence[_Job],
     notices: list[str],
-    out: str | Path,
-    to: str,
-    options: _Options,
-    overwrite: bool,
-    dry_run: bool,
+    request: _Request,
 ) -> ConvertResult:
     """Write, prove and commit the jobs; or only report them."""
-    summary = summarise(source, detected, alpha=options.exact_alpha)
+    summary = summarise(source, detected, alpha=request.options.exact_alpha)
     plans = tuple(job.plan for job in jobs)
-    said = tuple(dict.fromkeys([*source.notices, *notices, *(n for p in plans for n in p.notices)]))
-    if dry_run:
+    said = tuple(
+        dict.fromkeys([*source.notices, *notices, *_unknown(detected), *(n for p in plans for n in p.notices)])
+    )
+    if request.dry_run:
         for job in jobs:
             if job.check is not None:
                 job.check()
-        return ConvertResult(Path(out), to, summary, plans, notices=said, dry_run=True)
+        return ConvertResult(Path(request.out), request.to, summary, plans, notices=said, dry_run=True)
     needed = sum(plan.bytes for plan in plans) + (1 << 20)
     # The folder that holds a single input file is no input: a new folder beside that file is fine.
     inputs = [source.path, *(f.path for f in source.files), *([source.config_path] if source.config_path else [])]
     source.check_unchanged()
-    with output_folder(out, inputs=inputs, needed=needed, overwrite=overwrite) as folder:
+    with output_folder(request.out, inputs=inputs, needed=needed, overwrite=request.overwrite) as folder:
         with ThreadPoolExecutor(1) as beside:
             healthy = [beside.submit(job.check) for job in jobs if job.check is not None]
             made = {name: file for job in jobs for name, file in _write(folder, job)}
             # The proof runs while threads still compute the checksums.
-            proofs = tuple(_prove(source, detected, folder, job) for job in jobs)
+            proofs = _proofs(source, detected, folder, jobs, healthy)
         crc32 = {name: value for check in healthy for name, value in check.result().items()}
         files = tuple(WrittenFile(name, file.size, file.sha256) for name, file in made.items())
         source.check_unchanged()
-        result = ConvertResult(Path(out), to, summary, plans, files, proofs, said, crc32)
-        _write_text(folder, MANIFEST, _manifest(result, options))
+        result = ConvertResult(Path(request.out), request.to, summary, plans, files, proofs, said, crc32)
+        _write_text(folder, MANIFEST, _manifest(result, request.options))
     return result
+
+
+def _unknown(detected: Detected) -> list[str]:
+    names = detected.ledger.unknown
+    shown = "; ".join(fold_names(names)[:4])
+    return [f"{len(names)} tensors are not understood and stay behind: {shown}"] if names else []
+
+
+def _proofs(
+    source: Source,
+    detected: Detected,
+    folder: OutputFolder,
+    jobs: Sequence[_Job],
+    healthy: list[Future[dict[str, str]]],
+) -> tuple[Proof, ...]:
+    """The proof of every job; where one fails because the source itself is unsound, that is the error to show."""
+    try:
+        return tuple(_prove(source, detected, folder, job) for job in jobs)
+    except ProofFailed:
+        for check in healthy:
+            check.result()
+        raise
 
 
 def _write(folder: OutputFolder, job: _Job) -> Iterator[tuple[str, OutputFile]]:
@@ -358,7 +411,8 @@ def _manifest(result: ConvertResult, options: _Options) -> str:
     value = result.to_dict()
     del value["out"], value["dry_run"]
     del value["source"]["next"]
-    value["source"]["path"] = Path(value["source"]["path"]).name
+    # The bare name, however the path was spelled: the bytes must not depend on the place.
+    value["source"]["path"] = printable(Path(os.path.abspath(value["source"]["path"])).name)
     value["options"] = {
         "alpha": options.alpha,
         "allow_nonfinite": options.allow_nonfinite,

@@ -11,7 +11,7 @@ from loraconv.adapter import Adapter, layer_of, read_adapter
 from loraconv.base import bare_tensors
 from loraconv.detect import Detected, detect, group_bytes
 from loraconv.errors import FormatError
-from loraconv.model_config import infer_config, release_of
+from loraconv.model_config import check_positions, infer_config, release_of
 from loraconv.names import fold_names, printable, quoted, ranges
 from loraconv.scale import given_alpha
 from loraconv.source import Source, open_source
@@ -111,14 +111,20 @@ def _model(source: Source, detected: Detected) -> tuple[dict[str, Any] | None, s
     if detected.spelling is None or not detected.ledger.base:
         return None, f"{family.title} (the adapter alone does not tell which)", []
     try:
-        config = infer_config(family, bare_tensors(source, detected), source.config)
+        bare = bare_tensors(source, detected)
+        config = infer_config(family, bare, source.config).values
     except FormatError as error:
         return None, family.title, [f"base model: {error.what}"]
+    notices = []
+    try:
+        check_positions(family, bare, config, source.config is not None)
+    except FormatError as error:
+        notices.append(f"base model: {error.what}")
     release, whole = release_of(family, config)
     size = f"{config['num_layers']} layers, hidden {config['num_attention_heads'] * config['attention_head_dim']}"
     if release is None:
-        return config, f"{family.title} of unknown layout, {size}", []
-    return config, f"{release.title}, {size}" if whole else f"{release.title} layout in another size: {size}", []
+        return config, f"{family.title} of unknown layout, {size}", notices
+    return config, f"{release.title}, {size}" if whole else f"{release.title} layout in another size: {size}", notices
 
 
 def _notices(source: Source, detected: Detected) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
+from loraconv.errors import FormatError
 from loraconv.lazy import Lazy, Scaled, decode, encode
+from loraconv.names import ROUNDING, fold_names
 
 _WIDER = {("F16", "F32"), ("F16", "F64"), ("BF16", "F32"), ("BF16", "F64"), ("F32", "F64")}
 
@@ -37,6 +40,39 @@ def fits(tensor: Lazy, factor: Fraction, dtype: str, back: Fraction | None = Non
     if back is None and factor == 1 and (tensor.dtype == dtype or (tensor.dtype, dtype) in _WIDER):
         return True
     return all(_piece_fits(piece, tensor.dtype, factor, dtype, back) for piece in tensor.pieces())
+
+
+def refuse_ruin(tensors: Mapping[str, Lazy]) -> None:
+    """Raise :class:`FormatError` naming the tensors that their new dtype cannot hold.
+
+    A dtype may round: each number once, by at most half a unit in its last place. Numbers that it takes for zero or
+    infinity, because they are below or above its range, are another matter: then the error of the whole tensor (in the
+    Frobenius norm, relative) is above that of one rounding.
+    """
+    ruined = [n for n, t in tensors.items() if isinstance(t, Scaled) and not t.exact and not _holds(t)]
+    if ruined:
+        dtype = tensors[ruined[0]].dtype
+        raise FormatError(
+            f"{dtype} cannot hold the numbers of {len(ruined)} tensors: they are too small or too large for it",
+            where="; ".join(fold_names(ruined)[:4]),
+            why="they would become zero, infinity or coarse multiples of the smallest number",
+            hint="use --dtype bf16 or fp32, or leave --dtype out",
+            slug="dtype-range",
+        )
+
+
+def _holds(tensor: Scaled) -> bool:
+    import numpy as np
+
+    lost = size = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for piece in tensor.source.pieces():
+            exact = decode(piece, tensor.source.dtype) * tensor.factor
+            exact = exact[np.isfinite(exact)]
+            gap = decode(encode(exact, tensor.dtype), tensor.dtype) - exact
+            lost += float(np.sum(gap * gap))
+            size += float(np.sum(exact * exact))
+    return lost <= size * ROUNDING[tensor.dtype] ** 2
 
 
 def _piece_fits(piece: bytes, own: str, factor: Fraction, dtype: str, back: Fraction | None) -> bool:

@@ -33,9 +33,7 @@ class Health:
 
 def check_adapter(adapter: Adapter) -> Health:
     """Read every factor once; raises :class:`CorruptCheckpoint` where the container's own checksum does not fit."""
-    tensors: dict[str, Lazy] = {
-        f"{f.module}.{side}": t for f in adapter.factors for side, t in (("down", f.down), ("up", f.up))
-    }
+    tensors: dict[str, Lazy] = {next(iter(t.leaves())).name: t for f in adapter.factors for t in (f.down, f.up)}
     return Health(
         nonfinite=_nonfinite(tensors),
         zero_up=[f.module for f in adapter.factors if is_zero(f.up)],

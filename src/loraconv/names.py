@@ -30,6 +30,9 @@ DTYPE_BYTES: dict[str, int] = {
 
 FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
 
+#: The greatest relative error of one rounding to a dtype, for numbers in its normal range.
+ROUNDING = {"F16": 2.0**-11, "BF16": 2.0**-8, "F32": 2.0**-24, "F64": 2.0**-53}
+
 #: The dtype words a user may type, and the safetensors name of each.
 DTYPE_WORDS: dict[str, str] = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 

@@ -15,11 +15,11 @@ from typing import Any, Literal
 from loraconv import __version__
 from loraconv.adapter import Adapter, Factor
 from loraconv.errors import FormatError
-from loraconv.fold import cast, fits, folded
+from loraconv.fold import cast, fits, folded, refuse_ruin
 from loraconv.lazy import Averaged, Joined, Lazy, Scaled, TensorRef, nbytes
 from loraconv.names import fold_names
 from loraconv.rules import Dialect, Family, fill
-from loraconv.scale import ORIGIN_KEY, Origin, Scale
+from loraconv.scale import ORIGIN_KEY, Origin, Place, Scale
 
 ScaleIn = Literal["auto", "fold", "metadata"]
 
@@ -85,6 +85,7 @@ def plan_adapter(
     else:
         factors, said = _place_scale(factors, scale_in, dtype)
         notices += said
+    refuse_ruin({f"{f.module}.{side}": t for f in factors for side, t in (("down", f.down), ("up", f.up))})
     if target.container == "run-folder":
         return _plan_run(factors, target, family, tuple(notices))
     if target.container == "peft-folder":
@@ -101,40 +102,57 @@ def _place_scale(
 ) -> tuple[tuple[Factor, ...], list[str]]:
     """The factors of a file that some consumers read at scale 1: the scale goes into ``up``, or into the header."""
     if scale_in == "auto":
-        in_header = any(f.origin is not None and not f.origin.folded for f in factors)
+        in_header = any(f.origin is not None and f.origin.place == "header" for f in factors)
         scale_in = "metadata" if in_header else "fold"
     if scale_in == "metadata":
-        kept = tuple(replace(f, origin=f.origin or _origin(f, folded=False)) for f in factors)
+        kept = tuple(replace(f, origin=_origin(f, "header")) for f in factors)
         unread = any(f.scale.exact != 1 for f in factors)
         note = "the scale is in the header only: diffusers before 0.34 and ComfyUI will apply this LoRA at strength 1"
         return kept, [note] if unread else []
     exact = all(f.scale.exact is not None and fits(f.up, f.scale.exact, f.up.dtype) for f in factors)
     if exact or dtype is not None:
         return tuple(_folded(f, f.up.dtype) for f in factors), []
-    wide = tuple(_folded(_widened(f), "F32") for f in factors)
-    return wide, [f"folding the scale into {factors[0].up.dtype} would round it, so the factors are written in F32"]
+    narrow = sorted({f.up.dtype for f in factors} - {"F32", "F64"})
+    wide = tuple(_folded(_widened(f), "F64" if f.up.dtype == "F64" else "F32") for f in factors)
+    said = []
+    if narrow:
+        said.append(f"folding the scale into {', '.join(narrow)} would round it, so the factors are written in F32")
+    if not all(exact_recipe(f.up) for f in wide):
+        scale = factors[0].scale
+        said.append(
+            f"the scale {scale.exact if scale.exact is not None else scale.value} is no power of two, so lora_B is"
+            " rounded once in F32; --scale-in metadata keeps every bit"
+        )
+    return wide, said
 
 
 def _widened(factor: Factor) -> Factor:
-    origin = factor.origin or _origin(factor, folded=True)
-    return replace(factor, down=cast(factor.down, "F32"), origin=origin)
+    dtype = "F64" if factor.up.dtype == "F64" else "F32"
+    return replace(factor, down=cast(factor.down, dtype), origin=_origin(factor, "up"))
 
 
 def _folded(factor: Factor, dtype: str) -> Factor:
     scale = factor.scale
     up = folded(factor.up, scale.exact if scale.exact is not None else scale.value, dtype)
-    origin = factor.origin or _origin(factor, folded=True)
-    return replace(factor, up=up, origin=origin, scale=Scale(Fraction(factor.rank), factor.rank, "folded into up"))
+    return replace(
+        factor, up=up, origin=_origin(factor, "up"), scale=Scale(Fraction(factor.rank), factor.rank, "folded into up")
+    )
 
 
-def _origin(factor: Factor, *, folded: bool) -> Origin:
-    return Origin(factor.scale.alpha, factor.scale.rank, factor.scale.source, factor.up.dtype, folded)
+def _origin(factor: Factor, place: Place) -> Origin:
+    """What to record: an earlier record where it says the same scale, else what was read now."""
+    scale, old = factor.scale, factor.origin
+    if old is not None and (old.alpha, old.rank) == (scale.alpha, scale.rank):
+        return replace(old, place=place)
+    if old is not None and old.place == "up" and scale.exact == 1:
+        return old
+    return Origin(scale.alpha, scale.rank, scale.source, factor.up.dtype, place)
 
 
 def _unfolded(factor: Factor, *, keep_dtype: bool) -> Factor:
     """The factor as the trainer had it, where an earlier conversion folded its scale and that can be undone exactly."""
     origin = factor.origin
-    if origin is None or not origin.folded or factor.scale.exact != 1 or origin.rank != factor.rank:
+    if origin is None or origin.place != "up" or factor.scale.exact != 1 or origin.rank != factor.rank:
         return factor
     dtype = factor.up.dtype if keep_dtype else origin.dtype
     scale = origin.alpha / origin.rank
@@ -158,7 +176,7 @@ def _outputs(factors: tuple[Factor, ...], target: Dialect, names: Mapping[str, s
         module, _, part = names[factor.module].partition("#")
         for template, tensor in ((target.down, factor.down), (target.up, factor.up)):
             name = target.prefixes[0] + fill(template, {"module": module, "part": part})
-            made.append(Output(name, tensor, how(tensor), exact(tensor)))
+            made.append(Output(name, tensor, how(tensor), exact_recipe(tensor)))
     return tuple(made)
 
 
@@ -176,16 +194,16 @@ def how(tensor: Lazy) -> str:
     return "reshaped"
 
 
-def exact(tensor: Lazy) -> bool:
+def exact_recipe(tensor: Lazy) -> bool:
     """False where the recipe rounds."""
     if isinstance(tensor, Scaled):
-        return exact(tensor.source) and tensor.exact
+        return exact_recipe(tensor.source) and tensor.exact
     return not isinstance(tensor, Averaged)
 
 
 def _origin_json(factors: tuple[Factor, ...]) -> dict[str, Any]:
     """The origins by module; the most common one stands for all that do not differ."""
-    known = {f.module: f.origin or _origin(f, folded=False) for f in factors}
+    known = {f.module: f.origin or _origin(f, _place(f)) for f in factors}
     most = max(known.values(), key=list(known.values()).count)
     own = {module: o.to_json() for module, o in known.items() if o != most}
     return {"": most.to_json(), **own}
@@ -202,6 +220,11 @@ def proof_claim(outputs: Iterable[Output]) -> dict[str, str]:
         "tensors": len(made),
     }
     return {"loraconv.proof": json.dumps(claim, sort_keys=True), "loraconv.version": __version__}
+
+
+def _place(factor: Factor) -> Place:
+    """Where the scale of a factor stands that was neither folded nor recorded: a header counts as the user's choice."""
+    return "header" if factor.scale.source.startswith("header ") and factor.scale.exact != 1 else "file"
 
 
 def _plan_diffusers(factors: tuple[Factor, ...], target: Dialect, family: Family, notices: tuple[str, ...]) -> Plan:

@@ -10,7 +10,7 @@ from typing import Any
 from loraconv.errors import UsageError
 from loraconv.fold import cast
 from loraconv.lazy import Lazy, nbytes
-from loraconv.plan import Output, Plan, PlannedFile, exact, how, proof_claim
+from loraconv.plan import Output, Plan, PlannedFile, exact_recipe, how, proof_claim
 from loraconv.rules import Dialect
 
 _PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
@@ -39,7 +39,7 @@ def plan_base(
         filename_pattern=_PATTERN,
         max_shard_size=limit,
     )
-    outputs = {name: Output(name, tensor, how(tensor), exact(tensor)) for name, tensor in made.items()}
+    outputs = {name: Output(name, tensor, how(tensor), exact_recipe(tensor)) for name, tensor in made.items()}
     metadata = {"format": "pt", **proof_claim(outputs.values())}
     files = tuple(
         PlannedFile(file, tuple(outputs[name] for name in names), metadata)

@@ -25,6 +25,7 @@ __all__ = [
     "Has",
     "Kernel",
     "Layers",
+    "Positions",
     "Regrouped",
     "Release",
     "Rename",
@@ -283,7 +284,8 @@ class Setting:
 
     ``tensors`` is how the tensors tell it, ``sidecar`` the path of the trainer's own setting (from the root of its
     file), ``default`` the value of the released models. Tensors come first; a sidecar that contradicts them is an
-    error. ``last`` takes the last element where the sidecar holds a list.
+    error. ``last`` takes the last element where the sidecar holds a list. ``kind`` is what a sidecar's value must be:
+    a positive whole number, a positive number, or true or false.
     """
 
     key: str
@@ -291,6 +293,19 @@ class Setting:
     tensors: Size | Layers | Has | None = None
     sidecar: str = ""
     last: bool = False
+    kind: Literal["count", "number", "flag"] = "count"
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """A table with one row for each position of the video, behind ``text`` rows for the text if that is true.
+
+    Dimension ``dim`` must agree with the sample size in the configuration.
+    """
+
+    name: str
+    dim: int
+    text: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,8 +323,7 @@ class Family:
     """A model family: its diffusers class, the trainers' spellings of it, and how its configuration is told.
 
     ``component`` is the pipeline part that adapters belong to (the prefix in diffusers files). ``releases`` goes from
-    the most to the least specific. ``positions`` names a tensor ``(1, text + frames * rows * columns, hidden)`` that
-    must agree with the sample size in the configuration.
+    the most to the least specific.
     """
 
     name: str
@@ -319,7 +333,7 @@ class Family:
     spellings: Mapping[str, Spelling]
     settings: tuple[Setting, ...]
     releases: tuple[Release, ...]
-    positions: str = ""
+    positions: tuple[Positions, ...] = ()
 
     def knows(self, module: str) -> bool:
         """True if ``module`` (diffusers name) is one that some spelling of the family has."""
@@ -347,7 +361,9 @@ class Dialect:
 
     ``prefixes`` is what stands before module names, the first being the one that is written. ``spelling`` names the
     family's spelling, empty for diffusers' own names. ``frozen`` spells the untouched weight of an adapted module.
-    ``sidecar`` is the settings file beside the weights; ``alpha_at`` and ``rank_at`` are paths into it.
+    ``sidecar`` is the settings file beside the weights (YAML or JSON, by its suffix); ``alpha_at``, ``rank_at`` and,
+    where modules may differ, ``alpha_pattern_at``, ``rank_pattern_at`` and ``rslora_at`` are paths into it. ``header``
+    is the key of a safetensors header that holds peft's configuration as JSON.
     ``default_alpha`` is the documented convention where no file says alpha: a number, ``"rank"``, or None for unknown.
     ``every_consumer_reads_alpha`` is false where some consumer of the format applies scale 1 whatever the file says,
     so that the scale has to be folded into ``up``.
@@ -367,6 +383,10 @@ class Dialect:
     sidecar: str = ""
     rank_at: str = ""
     alpha_at: str = ""
+    rank_pattern_at: str = ""
+    alpha_pattern_at: str = ""
+    rslora_at: str = ""
+    header: str = ""
     default_alpha: int | Literal["rank"] | None = None
     default_why: str = ""
     every_consumer_reads_alpha: bool = True

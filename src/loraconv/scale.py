@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 from loraconv.detect import Detected
 from loraconv.errors import CorruptCheckpoint, FormatError, UsageError
@@ -24,6 +25,8 @@ ORIGIN_KEY = "loraconv.origin"
 #: Far above any rank; a greater alpha is a damaged file or a slip.
 LARGEST_ALPHA = 1 << 20
 
+
+Place = Literal["up", "header", "file"]
 
 #: What ``str`` makes of an alpha; ``Fraction`` alone would also take ``1e999999999`` and compute it.
 _FRACTION = re.compile(r"[1-9][0-9]{0,39}(/[1-9][0-9]{0,39})?")
@@ -55,19 +58,23 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What the trainer said before loraconv folded the scale into ``up``: written into the header, read back."""
+    """What the trainer said, kept in every output and read back, so that the way back is the same road.
+
+    ``place`` is where the scale stood: ``up`` (folded in by loraconv), ``header`` (of a diffusers file, unfolded) or
+    ``file`` (the settings file of a format whose consumers all read it).
+    """
 
     alpha: Fraction
     rank: int
     source: str
     dtype: str
-    folded: bool
+    place: Place
 
     def to_json(self) -> dict[str, Any]:
         return {
             "alpha": str(self.alpha),
             "dtype": self.dtype,
-            "folded": self.folded,
+            "place": self.place,
             "rank": self.rank,
             "source": self.source,
         }
@@ -75,18 +82,19 @@ class Origin:
     @classmethod
     def from_json(cls, value: Any) -> Origin:
         """The inverse of :meth:`to_json`; raises ValueError, KeyError or TypeError for anything else."""
-        alpha, rank, dtype = str(value["alpha"]), value["rank"], value["dtype"]
-        if not _FRACTION.fullmatch(alpha) or type(rank) is not int or dtype not in FLOAT_DTYPES:
+        alpha, rank, dtype, place = str(value["alpha"]), value["rank"], value["dtype"], value["place"]
+        known = dtype in FLOAT_DTYPES and place in get_args(Place)
+        if not known or not _FRACTION.fullmatch(alpha) or type(rank) is not int:
             raise ValueError("not what to_json writes")
-        return cls(Fraction(alpha), rank, str(value["source"]), dtype, value["folded"] is True)
+        return cls(Fraction(alpha), rank, str(value["source"]), dtype, place)
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One place that says alpha (and perhaps rank) for a module; ``None`` where it does not."""
+    """One place that says alpha (as it stands there) and perhaps rank for a module; ``None`` where it does not."""
 
     where: str
-    alpha: Fraction | None
+    alpha: Any
     rank: int | None
     rslora: bool = False
 
@@ -130,21 +138,33 @@ def find_scales(
     for module, rank in ranks.items():
         claims = claims_of(module)
         _check_ranks(source, module, rank, claims)
-        said = [c for c in claims if c.alpha is not None]
-        values = {c.alpha for c in said} | ({alpha} if alpha is not None else set())
-        if len(values) > 1:
-            told = [f"{c.where} says {c.alpha}" for c in said]
-            taken = "--alpha" if alpha is not None else said[0].where
-            notices[f"alpha: {'; '.join(told)}; {taken} was taken"] = None
-        if alpha is not None:
-            scales[module] = Scale(alpha, rank, "--alpha", any(c.rslora for c in claims))
-        elif said:
-            first = said[0]
-            assert first.alpha is not None
-            scales[module] = Scale(first.alpha, rank, first.where, first.rslora)
-        else:
+        told = _told(claims, alpha, notices)
+        if told is None:
             scales[module] = _by_convention(source, detected, rank, strict, notices)
+        else:
+            scales[module] = Scale(told[1], rank, told[0], any(c.rslora for c in claims))
     return scales, list(notices)
+
+
+def _told(claims: list[Claim], alpha: Fraction | None, notices: dict[str, None]) -> tuple[str, Fraction] | None:
+    """``(where, alpha)`` of the best place that says it; None if there is none. Places that disagree are noticed.
+
+    With the caller's own ``alpha``, a file whose value makes no sense is only a notice.
+    """
+    said: list[tuple[str, Fraction]] = [] if alpha is None else [("--alpha", alpha)]
+    for claim in claims:
+        if claim.alpha is None:
+            continue
+        try:
+            said.append((claim.where, number(claim.alpha, claim.where)))
+        except CorruptCheckpoint as error:
+            if alpha is None:
+                raise
+            notices[f"{error.what} ({claim.where}); --alpha was taken"] = None
+    if len({value for _, value in said}) > 1:
+        texts = [f"{where} says {value}" for where, value in said]
+        notices[f"alpha: {'; '.join(texts)}; {said[0][0]} was taken"] = None
+    return said[0] if said else None
 
 
 def _check_ranks(source: Source, module: str, rank: int, claims: list[Claim]) -> None:
@@ -177,22 +197,30 @@ def _by_convention(source: Source, detected: Detected, rank: int, strict: bool, 
     return Scale(Fraction(alpha), rank, f"{dialect.name} default")
 
 
-def _claims(source: Source, detected: Detected) -> Any:
+Teller = Callable[[str], Claim]
+
+
+def _claims(source: Source, detected: Detected) -> Callable[[str], list[Claim]]:
     """A function from a module name to what each place says about it, best place first."""
-    places = [p for p in (_sidecar_claims(source, detected), *_header_claims(source, detected)) if p is not None]
-    return lambda module: [claim for place in places if (claim := place(module)) is not None]
+    places = [*_sidecar_claims(source, detected), *_header_claims(source, detected)]
+    return lambda module: [place(module) for place in places]
 
 
-def _sidecar_claims(source: Source, detected: Detected) -> Any:
+def _sidecar_claims(source: Source, detected: Detected) -> list[Teller]:
     dialect, config = detected.dialect, source.config
     if config is None or source.config_path is None or not dialect.alpha_at:
-        return None
-    where = source.config_path.name
-    alpha, rank = at(config, dialect.alpha_at), at(config, dialect.rank_at)
-    return _peft_claims(where, config, alpha, rank)
+        return []
+    paths = {
+        "lora_alpha": dialect.alpha_at,
+        "r": dialect.rank_at,
+        "alpha_pattern": dialect.alpha_pattern_at,
+        "rank_pattern": dialect.rank_pattern_at,
+        "use_rslora": dialect.rslora_at,
+    }
+    return [_place(source.config_path.name, {key: at(config, path) for key, path in paths.items() if path})]
 
 
-def _header_claims(source: Source, detected: Detected) -> list[Any]:
+def _header_claims(source: Source, detected: Detected) -> list[Teller]:
     """diffusers' ``lora_adapter_metadata`` (0.34 and later) and finetrainers' ``lora_config``."""
     found = []
     for key in ("lora_adapter_metadata", "lora_config"):
@@ -200,28 +228,28 @@ def _header_claims(source: Source, detected: Detected) -> list[Any]:
         if text is None:
             continue
         config = parse_json(text, f"{printable(str(source.path))}, header key {key}")
-        prefix = f"{detected.family.component}."
-        if key == "lora_adapter_metadata" and isinstance(config, dict) and any(k.startswith(prefix) for k in config):
-            config = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
         if not isinstance(config, dict):
             raise _malformed(f"header {key}", "it is not a map of settings")
-        found.append(_peft_claims(f"header {key}", config, config.get("lora_alpha"), config.get("r")))
+        prefix = f"{detected.family.component}."
+        if any(k.startswith(prefix) for k in config):
+            config = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+        found.append(_place(f"header {key}", config))
     return found
 
 
-def _peft_claims(where: str, config: dict[str, Any], alpha: Any, rank: Any) -> Any:
-    """peft's rule: one alpha and rank, exceptions by module name or its end in the two patterns."""
+def _place(where: str, config: dict[str, Any]) -> Teller:
+    """peft's rule: one alpha and rank for all, exceptions by module name or its end in the two patterns."""
     alphas, ranks = config.get("alpha_pattern") or {}, config.get("rank_pattern") or {}
     if not isinstance(alphas, dict) or not isinstance(ranks, dict):
         raise _malformed(where, "alpha_pattern or rank_pattern is not a map")
-    rslora = config.get("use_rslora") is True
 
     def claim(module: str) -> Claim:
-        own_alpha, own_rank = _pattern(alphas, module, alpha), _pattern(ranks, module, rank)
-        if own_rank is not None and (type(own_rank) is not int or own_rank <= 0):
-            raise _malformed(where, f"rank is not a positive integer: {printable(repr(own_rank), 60)}")
-        told = None if own_alpha is None else number(own_alpha, where)
-        return Claim(where, told, own_rank, rslora)
+        alpha, rank = _pattern(alphas, module, config.get("lora_alpha")), _pattern(ranks, module, config.get("r"))
+        if isinstance(rank, float) and rank.is_integer():
+            rank = int(rank)
+        if rank is not None and (type(rank) is not int or rank <= 0):
+            raise _malformed(where, f"rank is not a positive integer: {printable(repr(rank), 60)}")
+        return Claim(where, alpha, rank, config.get("use_rslora") is True)
 
     return claim
 

@@ -19,12 +19,18 @@ from loraconv.cli.commands import root, unprinted
 from loraconv.errors import LoraconvError
 
 
-class _Terminated(BaseException):
-    """SIGTERM, as an exception, so that temporary files are removed on the way out."""
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM, as an exception, so that temporary files are removed on the way out."""
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise _Terminated
+#: The signals that stop a command: exit code and word.
+_SIGNALS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
+_received: list[int] = []
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    _received.append(number)
+    raise _Stopped
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,7 +41,9 @@ def main(argv: list[str] | None = None) -> None:
 def run(argv: list[str]) -> int:
     """Run one command line and return its exit code."""
     as_json = "--json" in argv
-    signal.signal(signal.SIGTERM, _terminate)
+    _received.clear()
+    for number in _SIGNALS:
+        signal.signal(number, _stop)
     try:
         code = root.main(argv, prog_name="loraconv", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -45,18 +53,23 @@ def run(argv: list[str]) -> int:
         return stop.exit_code
     except click.ClickException as wrong:
         return _usage(wrong, as_json)
-    except (KeyboardInterrupt, click.Abort):
-        return _end("interrupted", 130, "interrupted", as_json)
-    except _Terminated:
-        return _end("terminated", 143, "terminated", as_json)
+    except (_Stopped, KeyboardInterrupt, click.Abort):
+        return _stopped(as_json)
     except (BrokenPipeError, SystemExit):  # click answers a closed pipe with SystemExit
         return _closed_pipe()
     except OSError as failure:
         return _report(unprinted(failure), as_json)
     except Exception as bug:
+        if _received:  # an import or a class body may wrap the exception that the signal raised
+            return _stopped(as_json)
         if "--debug" in argv:
             raise
         return _end(f"this is a defect in loraconv: {type(bug).__name__}: {bug}", 1, "defect", as_json)
+
+
+def _stopped(as_json: bool) -> int:
+    code, word = _SIGNALS[signal.Signals(_received[0])] if _received else _SIGNALS[signal.SIGINT]
+    return _end(word, code, word, as_json)
 
 
 def _closed_pipe() -> int:

@@ -82,7 +82,7 @@ def unprinted(failure: OSError) -> WriteFailed:
 
 
 @root.command()
-@click.argument("src", type=click.Path())
+@click.argument("src")
 @click.option("--alpha", type=float, metavar="A", help="The lora_alpha it was trained with.")
 @click.option("-v", "--verbose", is_flag=True, help="List every name, folded by layer.")
 @_output_options
@@ -96,8 +96,8 @@ def inspect(src: str, alpha: float | None, verbose: bool, as_json: bool, quiet: 
 
 
 @root.command()
-@click.argument("src", type=click.Path())
-@click.option("-o", "--out", required=True, type=click.Path(), help="The folder to write.")
+@click.argument("src")
+@click.option("-o", "--out", required=True, help="The folder to write.")
 @click.option(
     "--what",
     type=click.Choice(["lora", "base", "all"]),
@@ -116,8 +116,8 @@ def sat2diffusers(as_json: bool, quiet: bool, debug: bool, **options: Any) -> No
 
 
 @root.command()
-@click.argument("src", type=click.Path())
-@click.option("-o", "--out", required=True, type=click.Path(), help="The folder to write.")
+@click.argument("src")
+@click.option("-o", "--out", required=True, help="The folder to write.")
 @click.option("--to", required=True, metavar="FORMAT", help="diffusers, peft or sat (see `loraconv formats`).")
 @_conversion_options
 @_output_options
@@ -147,7 +147,7 @@ def formats(name: str | None, as_json: bool, quiet: bool, debug: bool) -> None:
 
 
 @root.command()
-@click.option("-o", "--out", type=click.Path(), help="Keep the converted adapter here [default: a temporary folder].")
+@click.option("-o", "--out", help="Keep the converted adapter here [default: a temporary folder].")
 @_output_options
 def demo(out: str | None, as_json: bool, quiet: bool, debug: bool) -> None:
     """Do the main job on a checkpoint that ships with loraconv: inspect, convert, prove."""

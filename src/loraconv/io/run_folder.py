@@ -113,8 +113,8 @@ def _from_file(path: Path, layout: RunLayout) -> RunFiles:
     for template, partial in ((layout.shard, False), (layout.partial, True)):
         if _rank_of(path.name, template) is not None:
             found = _ranks(path.parent, template)
-            return RunFiles(layout, _in_order(path.parent, found), _sidecar(path.parent, layout), partial)
-    return RunFiles(layout, (path,), _sidecar(path.parent, layout), named=False)
+            return RunFiles(layout, _in_order(path.parent, found), _sidecar(path.parent, layout, path), partial)
+    return RunFiles(layout, (path,), _sidecar(path.parent, layout, path), named=False)
 
 
 def _rank_files(folder: Path, layout: RunLayout) -> bool:
@@ -163,8 +163,11 @@ def check_ranks(where: str, ranks: list[int], world: int) -> None:
         )
 
 
-def _sidecar(folder: Path, layout: RunLayout) -> Path | None:
-    for place in (folder, folder.absolute().parent):
+def _sidecar(folder: Path, layout: RunLayout, file: Path | None = None) -> Path | None:
+    """The settings file of the iteration in ``folder``, also where a link leads there from elsewhere."""
+    real = (file or folder).resolve()
+    real = real.parent if file else real
+    for place in (folder, folder.absolute().parent, real, real.parent):
         if (place / layout.sidecar).is_file():
             return place / layout.sidecar
     return None

@@ -84,9 +84,9 @@ def compare(expected: Pair, stored: Pair) -> Outcome:
         return Outcome(False, False)
     ratio, exact = _ratio(expected.scale, stored.scale)
     if (
-        _same(_rescaled(expected.up, ratio), values(stored.up))
+        same_numbers(_rescaled(expected.up, ratio), values(stored.up))
         and exact
-        and _same(values(expected.down), values(stored.down))
+        and same_numbers(values(expected.down), values(stored.down))
     ):
         return Outcome(True, True)
     down, up = values(expected.down), _rescaled(expected.up, ratio)
@@ -112,11 +112,14 @@ def relative_error(expected: Pair, stored: Pair) -> tuple[float, float]:
 
 
 def _rescaled(up: Tensor, ratio: float) -> Array:
+    import numpy as np
+
     array = values(up)
-    return array if ratio == 1.0 else array * ratio
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array if ratio == 1.0 else array * ratio
 
 
-def _same(one: Array, other: Array) -> bool:
+def same_numbers(one: Array, other: Array) -> bool:
     """Equal numbers, NaN where the other is NaN."""
     import numpy as np
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
 import yaml
 
-from loraconv.errors import ProofFailed
+from loraconv.errors import FormatError, ProofFailed
 from loraconv.lazy import TensorRef, read
 from loraconv.names import printable
 from loraconv.verify.numbers import Held, Pair, difference_norm, product_norm, values
@@ -32,7 +32,9 @@ _SAT_MODULES = {
 Tensors = Mapping[str, TensorRef]
 
 
-def sat_pairs(ranks: list[Tensors], settings: Mapping[str, Any] | None, alpha: Fraction | None) -> dict[str, Pair]:
+def sat_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
     """SAT: ``W + (lora_alpha / r) * matrix_B.n @ matrix_A.n``; n = 0, 1, 2 is q, k, v; ``lora_alpha`` is 1 unless set.
 
     With several model-parallel ranks: the mean over ranks of what each of them added (see :func:`_mean_over_ranks`).
@@ -48,6 +50,11 @@ def sat_pairs(ranks: list[Tensors], settings: Mapping[str, Any] | None, alpha: F
         else:
             pairs[module] = _mean_over_ranks([f[layer, kind, part] for f in found], kind, told)
     return pairs
+
+
+def is_sat_factor(name: str) -> bool:
+    """True for the name of a LoRA factor in a SAT checkpoint."""
+    return _SAT_FACTOR.fullmatch(name) is not None
 
 
 def _sat_factors(tensors: Tensors) -> dict[tuple[int, str, int], dict[str, TensorRef]]:
@@ -112,33 +119,40 @@ def rank_distances(ranks: list[Tensors]) -> dict[str, float]:
 
 
 def _sat_alpha(settings: Mapping[str, Any] | None) -> Fraction:
-    told = _sat_setting(settings, "lora_alpha")
+    told = sat_setting(settings, "lora_alpha")
     return Fraction(1) if told is None else Fraction(told)
 
 
-def _sat_setting(settings: Mapping[str, Any] | None, key: str) -> Any:
+def sat_setting(settings: Mapping[str, Any] | None, key: str) -> Any:
+    """One of the LoRA settings in a run's training YAML, or None."""
     here: Any = settings
     for step in ("model", "network_config", "params", "modules", "lora_config", "params", key):
         here = here.get(step) if isinstance(here, Mapping) else None
     return here
 
 
-def diffusers_pairs(tensors: Tensors, metadata: Mapping[str, str], alpha: Fraction | None) -> dict[str, Pair]:
+def diffusers_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
     """diffusers: peft's rule on the header's ``lora_adapter_metadata`` (or finetrainers' ``lora_config``); else 1."""
-    return _peft_like(tensors, ("transformer.", ""), _header_config(metadata), alpha)
+    return _peft_like(ranks[0], ("transformer.", ""), header_config(metadata), alpha)
 
 
-def _header_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+def header_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """peft's configuration of the transformer, as diffusers takes it out of the header: only what has its prefix."""
     if "lora_adapter_metadata" in metadata:
-        stated = json.loads(metadata["lora_adapter_metadata"])
-        return {key.removeprefix("transformer."): value for key, value in stated.items()}
+        stated: dict[str, Any] = json.loads(metadata["lora_adapter_metadata"])
+        own = {key.removeprefix("transformer."): v for key, v in stated.items() if key.startswith("transformer.")}
+        return own or stated
     config: dict[str, Any] = json.loads(metadata.get("lora_config", "{}"))
     return config
 
 
-def peft_pairs(tensors: Tensors, config: Mapping[str, Any], alpha: Fraction | None) -> dict[str, Pair]:
+def peft_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
     """peft: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``; both patterns are by module name."""
-    return _peft_like(tensors, ("base_model.model.",), config, alpha)
+    return _peft_like(ranks[0], ("base_model.model.",), settings or {}, alpha)
 
 
 def _peft_like(
@@ -162,12 +176,18 @@ def _peft_like(
 
 
 def _peft_alpha(config: Mapping[str, Any], module: str, rank: int) -> Fraction:
-    for key, value in (config.get("alpha_pattern") or {}).items():
-        # peft anchors a key at the end of the name, behind a dot, unless it begins with ^ itself.
-        if re.match(key, module) if key[:1] == "^" else re.fullmatch(f"(?:.*\\.)?(?:{key})", module):
-            return Fraction(value)
-    value = config.get("lora_alpha")
+    value = by_pattern(config, "lora_alpha", module)
     return Fraction(rank) if value is None else Fraction(value)
+
+
+def by_pattern(config: Mapping[str, Any], key: str, module: str) -> Any:
+    """``r`` or ``lora_alpha`` of one module: the first pattern that fits its name, else the value for all."""
+    patterns = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[key]) or {}
+    for pattern, value in patterns.items():
+        # peft anchors a key at the end of the name, behind a dot, unless it begins with ^ itself.
+        if re.match(pattern, module) if pattern[:1] == "^" else re.fullmatch(f"(?:.*\\.)?(?:{pattern})", module):
+            return value
+    return config.get(key)
 
 
 def _peft_scale(alpha: Fraction, rank: int, rslora: bool) -> Fraction | float:
@@ -183,6 +203,15 @@ def yaml_settings(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+Oracle = Callable[
+    [list[Tensors], Mapping[str, str], Mapping[str, Any] | None, Fraction | None],
+    dict[str, Pair],
+]
+#: Format name -> what a checkpoint of it holds: (tensors of each rank, header, settings file, alpha of the user).
+ORACLES: dict[str, Oracle] = {"sat": sat_pairs, "diffusers": diffusers_pairs, "peft": peft_pairs}
+_GROUP = "loraconv.oracles"
+
+
 def pairs_of(
     kind: str,
     ranks: list[Tensors],
@@ -190,42 +219,40 @@ def pairs_of(
     settings: Mapping[str, Any] | None,
     alpha: Fraction | None,
 ) -> dict[str, Pair]:
-    """The adapter that a checkpoint of this format holds. ``alpha`` overrides what the files say."""
-    if kind == "sat":
-        return sat_pairs(ranks, settings, alpha)
-    if kind == "peft":
-        return peft_pairs(ranks[0], settings or {}, alpha)
-    return diffusers_pairs(ranks[0], metadata, alpha)
+    """The adapter that a checkpoint of this format holds. ``alpha`` overrides what the files say.
 
-
-def check_written(kind: str, tensors: Tensors, metadata: Mapping[str, str], settings: Mapping[str, Any] | None) -> None:
-    """Raise :class:`ProofFailed` where a consumer would not build the right modules from what was written.
-
-    A consumer makes the modules that the configuration names, of the rank that it names, before it fills them; and
-    diffusers passes over every key without the component's prefix.
+    Raises :class:`FormatError` for a format without an oracle.
     """
-    if kind == "sat":
-        ranks = {ref.shape[0] for name, ref in tensors.items() if ".matrix_A." in name}
-        told = {_sat_setting(settings, "r")}
-        if ranks != told:
-            raise _unloadable(f"the settings say r = {told}, the factors have {ranks}")
-        return
-    config = (settings or {}) if kind == "peft" else _header_config(metadata)
-    prefix = "base_model.model." if kind == "peft" else "transformer."
-    names = {name.removeprefix(prefix).rpartition(".lora_")[0] for name in tensors if name.startswith(prefix)}
-    if len(names) * 2 != len(tensors):
-        raise _unloadable(f"keys without the prefix {prefix}")
-    if names != set(config.get("target_modules", ())):
-        raise _unloadable("target_modules are not the modules of the file")
-    special = config.get("rank_pattern") or {}
-    wrong = [n for n in names if tensors[f"{prefix}{n}.lora_A.weight"].shape[0] != special.get(n, config.get("r"))]
-    if wrong:
-        raise _unloadable(f"another rank than the configuration says: {wrong[0]}")
+    return oracle_of(kind)(ranks, metadata, settings, alpha)
 
 
-def _unloadable(why: str) -> ProofFailed:
-    return ProofFailed(
-        "consumers would not load the written adapter as it is",
-        why=why,
-        hint="please report this, with the output of loraconv inspect on the source",
+def oracle_of(kind: str) -> Oracle:
+    """The oracle of a format: loraconv's own, or the one that an installed package names in ``loraconv.oracles``."""
+    if kind in ORACLES:
+        return ORACLES[kind]
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group=_GROUP, name=kind):
+        try:
+            found: Oracle = point.load()
+        except Exception as error:  # another package's code: whatever it raises, the user needs its name
+            raise _bad_oracle(point.name, point.value, f"{type(error).__name__}: {error}") from error
+        if not callable(found):
+            raise _bad_oracle(point.name, point.value, f"it is {type(found).__name__}")
+        return found
+    raise FormatError(
+        f"the format {printable(kind)} has no oracle, so nothing could prove that its output is right",
+        why=f"no oracle in loraconv, no entry point {printable(kind)} in the group {_GROUP}",
+        hint="add one as CONTRIBUTING.md says, step 4: a function like those in loraconv.verify.oracles",
+        slug="no-oracle",
+    )
+
+
+def _bad_oracle(name: str, value: str, why: str) -> FormatError:
+    return FormatError(
+        f"the entry point {printable(name)} of the group {_GROUP} gives no oracle",
+        where=printable(value),
+        why=printable(why),
+        hint=f"uninstall or correct the package that declares {printable(value)}",
+        slug="oracle-plugin",
     )

@@ -1,0 +1,128 @@
+"""What a consumer needs before it looks at a single number: file names, key prefixes, settings that build the modules.
+
+Stated for the three formats of loraconv itself, from what diffusers, peft and SAT look for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loraconv.errors import ProofFailed
+from loraconv.lazy import TensorRef
+from loraconv.names import printable
+from loraconv.verify.oracles import by_pattern, header_config, sat_setting
+
+Tensors = Mapping[str, TensorRef]
+#: What ``load_lora_weights``, ``PeftModel.from_pretrained`` and SAT's ``load_checkpoint`` open. SAT's is in a folder
+#: that ``latest`` names.
+_ADAPTER_FILES = {
+    "diffusers": "pytorch_lora_weights.safetensors",
+    "peft": "adapter_model.safetensors",
+    "sat": "mp_rank_00_model_states.pt",
+}
+SETTINGS_FILES = {"peft": "adapter_config.json", "sat": "training_config.yaml"}
+_BASE_FILE = "diffusion_pytorch_model{}.safetensors"
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
+
+#: The mathematics of plain LoRA, which the pairs are compared for, and notes that nothing is computed from.
+_COMPARED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules"}
+_NOTES = {"base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+#: peft's own defaults that are neither false nor empty.
+_DEFAULTS = {
+    "bias": "none",
+    "init_lora_weights": True,
+    "megatron_core": "megatron.core",
+    "peft_type": "LORA",
+    "qalora_group_size": 16,
+}
+
+
+def adapter_file(kind: str, folder: Path, files: Sequence[str]) -> str:
+    """The file that a consumer of this format opens in ``folder``; raises unless it is the one that was written."""
+    name = _ADAPTER_FILES.get(kind, files[0])
+    if kind == "sat":
+        name = f"{(folder / 'latest').read_text(encoding='utf-8').strip()}/{name}"
+    _check_files(folder, [name], files)
+    return name
+
+
+def check_base_files(folder: Path, files: Sequence[str]) -> None:
+    """The file or the numbered shards that ``from_pretrained`` opens."""
+    count = len(files)
+    numbered = [f"-{n:05d}-of-{count:05d}" for n in range(1, count + 1)]
+    _check_files(folder, [_BASE_FILE.format(n) for n in (numbered if count > 1 else [""])], files)
+
+
+def _check_files(folder: Path, wanted: list[str], files: Sequence[str]) -> None:
+    beside = (folder / wanted[0]).parent
+    found = {path for path in beside.iterdir() if path.suffix in _WEIGHTS}
+    if sorted(files) != wanted or found != {folder / name for name in wanted}:
+        told = ", ".join(sorted(path.name for path in found) or files)
+        raise unloadable(f"they look for {printable(wanted[0])}, written was {printable(told)}")
+
+
+def check_torch(root: Mapping[Any, Any]) -> None:
+    """The parts of SAT's payload that its loader trusts."""
+    world = root["mp_world_size"]
+    if type(world) is not int or world != 1:
+        raise unloadable(f"mp_world_size is {world!r}, the file is one rank's")
+
+
+def check_written(kind: str, tensors: Tensors, metadata: Mapping[str, str], settings: Mapping[str, Any] | None) -> None:
+    """Raise :class:`ProofFailed` where a consumer would not build the right modules from what was written.
+
+    A consumer makes the modules that the configuration names, of the rank that it names, before it fills them; and
+    diffusers passes over every key without the component's prefix.
+    """
+    if kind == "sat":
+        ranks = {ref.shape[0] for name, ref in tensors.items() if ".matrix_A." in name}
+        told = {sat_setting(settings, "r")}
+        if ranks != told:
+            raise unloadable(f"the settings say r = {told}, the factors have {ranks}")
+        return
+    prefix = "base_model.model." if kind == "peft" else "transformer."
+    config = _peft_config(settings) if kind == "peft" else _written_header(metadata)
+    names = {name.removeprefix(prefix).rpartition(".lora_")[0] for name in tensors if name.startswith(prefix)}
+    if len(names) * 2 != len(tensors):
+        raise unloadable(f"keys without the prefix {prefix}")
+    _check_plain(config)
+    if not isinstance(config["target_modules"], list) or names != set(config["target_modules"]):
+        raise unloadable("target_modules are not the modules of the file")
+    wrong = [n for n in names if tensors[f"{prefix}{n}.lora_A.weight"].shape[0] != by_pattern(config, "r", n)]
+    if wrong:
+        raise unloadable(f"another rank than the configuration says: {wrong[0]}")
+
+
+def _peft_config(settings: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    config = settings or {}
+    if config["peft_type"] != "LORA":
+        raise unloadable(f"adapter_config.json says peft_type = {config['peft_type']!r}")
+    return config
+
+
+def _written_header(metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    bare = [key for key in json.loads(metadata["lora_adapter_metadata"]) if not key.startswith("transformer.")]
+    if bare:
+        raise unloadable(f"header keys without the prefix transformer.: {printable(', '.join(bare))}")
+    return header_config(metadata)
+
+
+def _check_plain(config: Mapping[str, Any]) -> None:
+    """Whatever is not plain LoRA must be as if it were not there."""
+    for key in sorted({*config} - _COMPARED - _NOTES):
+        value = config[key]
+        default = _DEFAULTS.get(key)
+        if value is not None and value != default and (default is not None or value not in (False, [], {})):
+            raise unloadable(f"the configuration asks for more than plain LoRA: {printable(f'{key} = {value!r}')}")
+
+
+def unloadable(why: str) -> ProofFailed:
+    """The refusal of an output that its consumers would not load as it is."""
+    return ProofFailed(
+        "consumers would not load the written output as it is",
+        why=why,
+        hint="please report this, with the output of loraconv inspect on the source",
+    )
