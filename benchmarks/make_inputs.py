@@ -81,6 +81,8 @@ def make_module(spec: sat_run.RunSpec) -> sat_run.State:
     for name, shape in shapes.items():
         if ".matrix_" in name:
             module[name] = lora_tensor(name, shape, noise).to(spec.dtype)
+        elif name.endswith("pos_embed.pos_embedding"):
+            module[name] = sat_run.position_table(spec).to(spec.dtype)
         elif len(shape) == 1:
             module[name] = small_tensor(name, shape, spec.dtype)
         else:

@@ -9,7 +9,7 @@ from loraconv.rules import Dialect
 PEFT = Dialect(
     name="peft",
     title="peft adapter folder",
-    container="peft-folder",
+    container="safetensors-file",
     file="adapter_model.safetensors",
     down="{module}.lora_A.weight",
     up="{module}.lora_B.weight",
@@ -20,6 +20,17 @@ PEFT = Dialect(
     rank_pattern_at="rank_pattern",
     alpha_pattern_at="alpha_pattern",
     rslora_at="use_rslora",
+    targets_at="target_modules",
+    settings={
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "task_type": None,
+    },
     carries=("any module", "a rank and an alpha for each module", "rsLoRA"),
     facts="huggingface/peft src/peft/tuners/lora, src/peft/utils/save_and_load.py",
 )

@@ -323,7 +323,7 @@ def _rotary_table(spec: RunSpec, name: str) -> torch.Tensor:
     return angles.sin() if name.endswith("sin") else angles.cos()
 
 
-def _position_table(spec: RunSpec) -> torch.Tensor:
+def position_table(spec: RunSpec) -> torch.Tensor:
     """The fixed table of the 2B, which SAT computes as diffusers does (checked on the recorded run)."""
     from diffusers.models.embeddings import get_3d_sincos_pos_embed
 
@@ -338,7 +338,7 @@ def _value(spec: RunSpec, name: str, shape: tuple[int, ...], noise: torch.Genera
     if ".freqs_" in name:
         return _rotary_table(spec, name)
     if name.endswith("pos_embed.pos_embedding") and spec.variant == "2b":
-        return _position_table(spec)
+        return position_table(spec)
     if ".matrix_A." in name:
         # Kaiming uniform with a = sqrt(5), as the real layers start.
         return (torch.rand(shape, generator=noise) * 2 - 1) / math.sqrt(shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -11,15 +12,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import yaml
 
 import loraconv
-from loraconv import conversion
-from loraconv.errors import ProofFailed
+from loraconv import base, conversion, ranks, registry
+from loraconv.errors import CorruptCheckpoint, FormatError, ProofFailed
+from loraconv.fold import cast
 from loraconv.io.safetensors_write import write_safetensors
 from loraconv.lazy import Lazy, TensorRef, decode, encode
+from loraconv.plan import Plan
+from loraconv.rules import Dialect
+from loraconv.source import open_source
+from loraconv.verify import check
+from loraconv.verify.config import expected_config
 from loraconv.verify.numbers import Expectation, Held, Pair, compare, relative_error, slack
 from loraconv.verify.proof import Check, Control, Proof
-from tests.sat_run import RunSpec, build
+from tests.sat_run import DIT, RunSpec, build
+from tests.support import RECORDED, Recorded, small
 
 Tensors = dict[str, Lazy]
 Q, K = (f"transformer.transformer_blocks.0.attn1.to_{x}.lora_" for x in "qk")
@@ -159,8 +169,8 @@ def test_a_right_output_has_every_check_and_all_eight_controls(run: Path, tmp_pa
     result = loraconv.sat2diffusers(run, out=tmp_path / "out", what="all")
     adapter, base = result.proofs
     assert adapter.caught == base.caught == "8/8"
-    assert [c.level for c in adapter.checks] == ["L0", "L1", "L2", "L2"]
-    assert [c.level for c in base.checks][:2] == ["L0", "L1"]
+    assert [c.level for c in adapter.checks] == ["L0", "L1", "L2", "L2", "L0"]
+    assert [c.level for c in base.checks] == ["L0", "L1", "L0", "L0", "L1"]
     assert adapter.passed
     assert base.passed
     manifest = json.loads((tmp_path / "out" / "loraconv.json").read_text())
@@ -221,3 +231,476 @@ def test_half_a_unit_is_the_distance_to_the_nearest_number_at_most() -> None:
 def test_an_expectation_says_the_dtype_of_both_factors() -> None:
     pair = random_pair(4)
     assert Expectation({"m": pair}, {"m": ("F64", "F64")}).pairs["m"] is pair
+
+
+# --- what is written beside the numbers ---------------------------------------------------------------------------
+
+Change = Callable[[Plan], Plan]
+
+
+def plan_wrongly(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
+    for name in ("plan_adapter", "plan_base"):
+        real = getattr(conversion, name)
+        monkeypatch.setattr(conversion, name, lambda *a, real=real, **options: change(real(*a, **options)))
+
+
+def fails(folder: Path, run: Path, to: str, **options: Any) -> ProofFailed:
+    """Convert, expect a failed proof, and expect that nothing is left behind."""
+    before = set(folder.iterdir())
+    with pytest.raises(ProofFailed) as failure:
+        convert(folder, run, to, **options)
+    assert set(folder.iterdir()) == before
+    return failure.value
+
+
+def convert(folder: Path, run: Path, to: str, **options: Any) -> Path:
+    if to == "base":
+        loraconv.sat2diffusers(run, out=folder / "out", what="base", **options)
+    else:
+        loraconv.convert(run, out=folder / "out", to=to, **options)
+    return folder / "out"
+
+
+def text(name: str, how: Callable[[str], str | None]) -> Change:
+    """Change a text file, or leave it out."""
+
+    def change(plan: Plan) -> Plan:
+        assert name in plan.texts
+        made = {**plan.texts, name: how(plan.texts[name])}
+        return replace(plan, texts={n: t for n, t in made.items() if t is not None})
+
+    return change
+
+
+def in_json(name: str, how: Callable[[dict[str, Any]], object]) -> Change:
+    """Change the object in a JSON file, in place."""
+
+    def edit(old: str) -> str:
+        value = json.loads(old)
+        how(value)
+        return json.dumps(value)
+
+    return text(name, edit)
+
+
+def in_header(key: str, how: Callable[[dict[str, Any]], object]) -> Change:
+    """Change the object that a header key holds as JSON, in place."""
+
+    def change(plan: Plan) -> Plan:
+        (file,) = plan.files
+        value = json.loads(file.metadata[key])
+        how(value)
+        return replace(plan, files=(replace(file, metadata={**file.metadata, key: json.dumps(value)}),))
+
+    return change
+
+
+def file_named(name: str) -> Change:
+    return lambda plan: replace(plan, files=(replace(plan.files[0], name=name), *plan.files[1:]))
+
+
+WRONG_CONFIG = {
+    "_class_name": "Transformer2DModel",
+    "activation_fn": "gelu",
+    "attention_bias": False,
+    "attention_head_dim": 8,
+    "dropout": 0.1,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 32,
+    "max_text_seq_length": 11,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "num_attention_heads": 8,
+    "num_layers": 1,
+    "ofs_embed_dim": 32,
+    "out_channels": 8,
+    "patch_bias": False,
+    "patch_size": 1,
+    "patch_size_t": 2,
+    "sample_frames": 13,
+    "sample_height": 60,
+    "sample_width": 90,
+    "spatial_interpolation_scale": 1.0,
+    "temporal_compression_ratio": 2,
+    "temporal_interpolation_scale": 2.0,
+    "text_embed_dim": 48,
+    "time_embed_dim": 64,
+    "timestep_activation_fn": "gelu",
+    "use_learned_positional_embeddings": True,
+    "use_rotary_positional_embeddings": True,
+}
+
+
+@pytest.mark.parametrize("key", WRONG_CONFIG)
+@pytest.mark.parametrize("missing", [False, True], ids=["wrong", "missing"])
+def test_a_wrong_value_of_the_configuration_is_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, missing: bool
+) -> None:
+    change = in_json("config.json", lambda c: c.pop(key) if missing else c.update({key: WRONG_CONFIG[key]}))
+    plan_wrongly(monkeypatch, change)
+    assert key in fails(tmp_path, run, "base").where
+
+
+def test_every_value_of_the_configuration_was_tried(run: Path, tmp_path: Path) -> None:
+    config = json.loads((convert(tmp_path, run, "base") / "config.json").read_text())
+    assert set(config) == set(WRONG_CONFIG)
+
+
+@pytest.mark.parametrize(("key", "value"), [("guidance", True), ("attention_bias", 1), ("sample_width", 12.0)])
+def test_an_extra_value_or_one_of_another_type_is_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: object
+) -> None:
+    plan_wrongly(monkeypatch, in_json("config.json", lambda c: c.update({key: value})))
+    assert key in fails(tmp_path, run, "base").where
+
+
+def test_the_version_of_diffusers_may_stand_in_the_configuration(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan_wrongly(monkeypatch, in_json("config.json", lambda c: c.update(_diffusers_version="0.34.0")))
+    assert convert(tmp_path, run, "base").is_dir()
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda r: r.name)
+def test_the_expected_configuration_is_that_of_the_recorded_diffusers_model(recorded: Recorded) -> None:
+    settings = yaml.safe_load((recorded.run / "training_config.yaml").read_text())
+    with open_source(recorded.run) as source:
+        assert expected_config(source.tensors, settings) == recorded.config
+
+
+@pytest.mark.parametrize(("variant", "size"), [("5b", (90, 60, 49, True)), ("1.5-5b", (300, 300, 81, False))])
+def test_without_settings_the_sample_is_that_of_the_released_models(
+    tmp_path: Path, variant: Any, size: tuple[object, ...]
+) -> None:
+    with open_source(build(small(variant=variant, generation="late", yaml=False), tmp_path)) as source:
+        made = expected_config(source.tensors, None)
+    assert tuple(made[k] for k in ("sample_width", "sample_height", "sample_frames", "patch_bias")) == size
+    assert (made["max_text_seq_length"], made["temporal_compression_ratio"]) == (226, 4)
+
+
+def loaded(file: Path) -> Any:
+    return torch.load(file, weights_only=False)
+
+
+def test_a_tensor_that_the_converter_drops_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = build(small(), tmp_path / "run")
+    file = run / "2" / "mp_rank_00_model_states.pt"
+    content = loaded(file)
+    content["module"][DIT + "mixins.extra.weight"] = torch.ones(3)
+    torch.save(content, file)
+    monkeypatch.setattr(base, "_refuse", lambda *_: None)
+    assert "mixins.extra.weight" in fails(tmp_path, run, "base").where
+
+
+@pytest.mark.parametrize("name", ["mixins.extra.weight", "time_embed.0.weight"])
+def test_every_rank_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A tensor that only the second rank has, and a copy in it that is none."""
+    run = build(small(kind="full", mp_size=2), tmp_path / "run")
+    assert convert(tmp_path, run, "base").is_dir()
+    file = run / "2" / "mp_rank_01_model_states.pt"
+    content = loaded(file)
+    content["module"][DIT + name] = torch.ones(32, 64)
+    torch.save(content, file)
+    for module in (base, ranks):
+        monkeypatch.setattr(module, "same_in_all", lambda refs: refs[0])
+    (tmp_path / "other").mkdir()
+    assert name in fails(tmp_path / "other", run, "base").where
+
+
+def stored_in(dtype: str, count: int | None = None) -> Change:
+    """Every tensor of the output, or the first few, cast to another dtype."""
+
+    def change(plan: Plan) -> Plan:
+        made = plan.files[0].outputs
+        spoilt = [replace(o, tensor=cast(o.tensor, dtype)) for o in made[:count]]
+        return replace(plan, files=(replace(plan.files[0], outputs=(*spoilt, *made[len(spoilt) :])),))
+
+    return change
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F64"])
+@pytest.mark.parametrize("to", ["diffusers", "peft", "sat"])
+def test_an_adapter_in_another_dtype_fails(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, dtype: str
+) -> None:
+    plan_wrongly(monkeypatch, stored_in(dtype))
+    assert "dtype" in fails(tmp_path, run, to).where
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft", "sat"])
+def test_the_dtype_that_was_asked_for_is_demanded(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    real = conversion.plan_adapter
+    monkeypatch.setattr(conversion, "plan_adapter", lambda *a, **o: real(*a, **{**o, "dtype": None}))
+    assert "dtype" in fails(tmp_path, run, to, dtype="bf16").where
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_widening_needs_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+    """A scale of 1/4 folds into bfloat16 exactly, so that nothing may be float32."""
+    run = build(small(dtype=torch.bfloat16), tmp_path / "run")
+    plan_wrongly(monkeypatch, stored_in("F32"))
+    assert "dtype" in fails(tmp_path, run, to).where
+
+
+def test_widening_with_a_reason_is_demanded_of_every_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = build(small(dtype=torch.bfloat16, lora_alpha=3.0), tmp_path / "run")
+    assert convert(tmp_path, run, "diffusers").is_dir()
+    plan_wrongly(monkeypatch, stored_in("BF16", 1))
+    (tmp_path / "other").mkdir()
+    assert "dtype" in fails(tmp_path / "other", run, "diffusers").where
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F64"])
+def test_a_base_in_another_dtype_fails(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    real = conversion.read_base
+    monkeypatch.setattr(
+        conversion, "read_base", lambda *a: {name: cast(tensor, dtype) for name, tensor in real(*a).items()}
+    )
+    assert "other content" in fails(tmp_path, run, "base").where
+
+
+MORE_THAN_LORA = {
+    "alora_invocation_tokens": [1],
+    "bias": "all",
+    "fan_in_fan_out": True,
+    "init_lora_weights": "pissa",
+    "layer_replication": [[0, 1]],
+    "layers_to_transform": [0],
+    "lora_bias": True,
+    "lora_dropout": 0.5,
+    "modules_to_save": ["proj_out"],
+    "peft_type": "LOHA",
+    "use_dora": True,
+    "use_qalora": True,
+}
+
+
+@pytest.mark.parametrize("key", MORE_THAN_LORA)
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_a_configuration_that_asks_for_more_than_lora_fails(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, key: str
+) -> None:
+    value = MORE_THAN_LORA[key]
+    if to == "peft":
+        change = in_json("adapter_config.json", lambda c: c.update({key: value}))
+    else:
+        change = in_header("lora_adapter_metadata", lambda c: c.update({f"transformer.{key}": value}))
+    plan_wrongly(monkeypatch, change)
+    assert key in fails(tmp_path, run, to).why
+
+
+def test_harmless_values_in_the_header_pass(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harmless = {"peft_type": "LORA", "use_dora": False, "modules_to_save": None, "loftq_config": {}, "bias": "none"}
+    plan_wrongly(
+        monkeypatch,
+        in_header("lora_adapter_metadata", lambda c: c.update({f"transformer.{k}": v for k, v in harmless.items()})),
+    )
+    assert convert(tmp_path, run, "diffusers").is_dir()
+
+
+def test_a_header_key_without_the_prefix_fails(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_wrongly(monkeypatch, in_header("lora_adapter_metadata", lambda c: c.update(r=c.pop("transformer.r"))))
+    assert "prefix" in fails(tmp_path, run, "diffusers").why
+
+
+def test_a_rank_pattern_that_fits_by_the_end_of_the_name_counts(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = in_header("lora_adapter_metadata", lambda c: c.update({"transformer.rank_pattern": {"to_out.0": 8}}))
+    plan_wrongly(monkeypatch, change)
+    assert "rank" in fails(tmp_path, run, "diffusers").why
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+@pytest.mark.parametrize("entry", [{"alpha": "2"}, {"rank": 8}, {"rank": 4.0}, {"alpha": "1/2"}])
+def test_the_recorded_alpha_and_rank_are_the_sources(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, entry: dict[str, Any]
+) -> None:
+    plan_wrongly(monkeypatch, in_header("loraconv.origin", lambda c: c[""].update(entry)))
+    assert "recorded" in fails(tmp_path, run, to).where
+
+
+def test_a_record_of_one_module_is_looked_at_too(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "transformer_blocks.1.attn1.to_v"
+    plan_wrongly(monkeypatch, in_header("loraconv.origin", lambda c: c.update({module: {**c[""], "alpha": "2"}})))
+    assert "to_v" in fails(tmp_path, run, "diffusers").where
+
+
+def test_the_record_in_sats_settings_is_looked_at(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change = text("training_config.yaml", lambda t: t.replace("alpha: '1'", "alpha: '7'"))
+    plan_wrongly(monkeypatch, change)
+    assert "recorded" in fails(tmp_path, run, "sat").where
+
+
+@pytest.mark.parametrize(
+    ("to", "change"),
+    [
+        ("diffusers", file_named("adapter.safetensors")),
+        ("peft", file_named("pytorch_lora_weights.safetensors")),
+        ("sat", file_named("1/mp_rank_01_model_states.pt")),
+        ("sat", file_named("2/mp_rank_00_model_states.pt")),
+        ("base", file_named("model.safetensors")),
+        ("sat", text("latest", lambda _: "77")),
+        ("sat", text("latest", lambda _: ".")),
+        ("diffusers", lambda plan: replace(plan, texts={"second.safetensors": "{}"})),
+    ],
+    ids=["diffusers", "peft", "sat rank", "sat iteration", "base", "latest", "latest dot", "second file"],
+)
+def test_a_file_that_consumers_do_not_look_for_fails(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, change: Change
+) -> None:
+    plan_wrongly(monkeypatch, change)
+    assert "look" in fails(tmp_path, run, to).why
+
+
+@pytest.mark.parametrize("world", [0, 2])
+def test_a_wrong_world_size_fails(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    real = conversion.write_torch
+    monkeypatch.setattr(conversion, "write_torch", lambda f, t, n: real(f, t, {**n, "mp_world_size": world}))
+    assert "mp_world_size" in fails(tmp_path, run, "sat").why
+
+
+BESIDE = [
+    ("base", "config.json"),
+    ("base", "diffusion_pytorch_model.safetensors.index.json"),
+    ("peft", "adapter_config.json"),
+    ("sat", "latest"),
+    ("sat", "training_config.yaml"),
+]
+
+
+@pytest.mark.parametrize("content", [None, "", "[1, 2", "[1, 2]", "3", "a: {b", '{"model": 1, "weight_map": 2}', "\0"])
+@pytest.mark.parametrize(("to", "name"), BESIDE)
+def test_a_file_beside_that_makes_no_sense_is_a_failed_proof(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, name: str, content: str | None
+) -> None:
+    plan_wrongly(monkeypatch, text(name, lambda _: content))
+    fails(tmp_path, run, to, **({"max_shard_size": "50KB"} if "index" in name else {}))
+
+
+@pytest.mark.parametrize("key", ["lora_adapter_metadata", "loraconv.origin"])
+@pytest.mark.parametrize("content", [None, "", "[1]", "3", "{}", '{"transformer.alpha_pattern": {"(": 1}}', '{"": 1}'])
+def test_a_header_that_makes_no_sense_is_a_failed_proof(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, content: str | None
+) -> None:
+    def change(plan: Plan) -> Plan:
+        header = {**plan.files[0].metadata, key: content}
+        kept = {name: value for name, value in header.items() if value is not None}
+        return replace(plan, files=(replace(plan.files[0], metadata=kept),))
+
+    plan_wrongly(monkeypatch, change)
+    fails(tmp_path, run, "diffusers")
+
+
+@pytest.mark.parametrize("raw", [b"", b"garbage that is no file", b"\x08\0\0\0\0\0\0\0{}      "])
+@pytest.mark.parametrize("to", ["diffusers", "peft", "sat", "base"])
+def test_a_file_of_weights_that_is_none_is_a_failed_proof(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, raw: bytes
+) -> None:
+    for name in ("write_safetensors", "write_torch"):
+        monkeypatch.setattr(conversion, name, lambda file, *_: file.write(raw))
+    fails(tmp_path, run, to)
+
+
+def test_an_error_about_the_source_stays_what_it_is(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: Any, **__: Any) -> Any:
+        raise CorruptCheckpoint(f"{run} ends before the data it declares", slug="truncated")
+
+    monkeypatch.setattr(check, "prove_adapter", damaged)
+    with pytest.raises(CorruptCheckpoint):
+        convert(tmp_path, run, "diffusers")
+    monkeypatch.setattr(check, "prove_adapter", lambda *_, **__: {}["missing"])
+    fails(tmp_path, run, "diffusers")
+
+
+ACME = Dialect(
+    name="acme",
+    title="acme LoRA",
+    container="safetensors-file",
+    file="acme.lora",
+    down="{module}.lora_down.weight",
+    up="{module}.lora_up.weight",
+    prefixes=("net.",),
+    default_alpha="rank",
+    default_why="acme scales by 1",
+    every_consumer_reads_alpha=False,
+    facts="acme",
+)
+
+
+def acme_oracle(found: Any, metadata: Any, settings: Any, alpha: Fraction | None) -> dict[str, Pair]:
+    names = {n.removeprefix("net.").rpartition(".lora_")[0] for n in found[0]}
+    return {
+        n: Pair(found[0][f"net.{n}.lora_down.weight"], found[0][f"net.{n}.lora_up.weight"], alpha or Fraction(1))
+        for n in names
+    }
+
+
+def declare_oracle(monkeypatch: pytest.MonkeyPatch, value: object) -> None:
+    class Point:
+        name, value = "acme", "acme_formats:oracle"
+
+        def load(self) -> object:
+            if isinstance(value, Exception):
+                raise value
+            return value
+
+    found = lambda group, name: [Point()] if (group, name) == ("loraconv.oracles", "acme") else []  # noqa: E731
+    monkeypatch.setattr("importlib.metadata.entry_points", found)
+
+
+@pytest.fixture
+def acme(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = (*registry._tables(), ACME)
+    monkeypatch.setattr(registry, "_tables", lambda: tables)
+
+
+@pytest.mark.usefixtures("acme")
+@pytest.mark.parametrize(
+    ("oracle", "slug"), [(None, "no-oracle"), (3, "oracle-plugin"), (ImportError("acme"), "oracle-plugin")]
+)
+def test_a_format_without_an_oracle_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oracle: object, slug: str
+) -> None:
+    if oracle is not None:
+        declare_oracle(monkeypatch, oracle)
+    with pytest.raises(FormatError) as failure:
+        convert(tmp_path, run, "acme")
+    assert failure.value.slug == slug
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("acme")
+def test_a_format_of_another_package_is_proved_by_its_own_oracle(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declare_oracle(monkeypatch, acme_oracle)
+    assert convert(tmp_path, run, "acme").is_dir()
+    (tmp_path / "other").mkdir()
+    write_wrongly(monkeypatch, lambda t: {n: changed(x, lambda v: v * 2) for n, x in t.items()})
+    fails(tmp_path / "other", run, "acme")
+
+
+@pytest.mark.usefixtures("acme")
+def test_an_oracle_that_breaks_is_a_failed_proof(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    declare_oracle(monkeypatch, lambda *_: {}["no such key"])
+    assert "no such key" in fails(tmp_path, run, "acme").why
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft", "sat"])
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_infinity_in_a_factor_is_compared_without_a_warning(tmp_path: Path, to: str, bad: float) -> None:
+    run = build(small(lora_alpha=3.0), tmp_path / "run")
+    file = run / "2" / "mp_rank_00_model_states.pt"
+    content = loaded(file)
+    for name, tensor in content["module"].items():
+        if ".matrix_" in name:
+            tensor.view(-1)[1] = bad
+    torch.save(content, file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        out = convert(tmp_path, run, to, allow_nonfinite=True)
+    json.loads((out / "loraconv.json").read_text(), parse_constant=pytest.fail)

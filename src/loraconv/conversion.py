@@ -208,7 +208,11 @@ def _adapter_job(source: Source, detected: Detected, to: str, options: _Options)
     adapter = read_adapter(source, detected, alpha=alpha, strict=options.strict, nearest=options.nearest)
     notices = _health_notices(source, adapter, options) + _left_behind(source, detected) + _nearest_notices(source)
     plan = plan_adapter(adapter, dialect(to), detected.family, dtype=options.dtype_name, scale_in=options.scale_in)
-    proof = {"alpha": alpha, "every_consumer": to == "diffusers" and plan.factors[0].scale.source == "folded into up"}
+    proof = {
+        "alpha": alpha,
+        "every_consumer": to == "diffusers" and plan.factors[0].scale.source == "folded into up",
+        "dtype": options.dtype_name,
+    }
     return _Job(plan, "", proof), notices
 
 
@@ -367,7 +371,7 @@ def _prove(source: Source, detected: Detected, folder: OutputFolder, job: _Job) 
         files=[f.name for f in job.plan.files],
         source_kind=detected.dialect.name,
         source=source,
-        dtypes={f.module: (f.down.dtype, f.up.dtype) for f in job.plan.factors},
+        settings_file=job.plan.dialect.sidecar,
         **job.proof,
     )
     failures = proof.failures()

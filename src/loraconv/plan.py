@@ -88,9 +88,7 @@ def plan_adapter(
     refuse_ruin({f"{f.module}.{side}": t for f in factors for side, t in (("down", f.down), ("up", f.up))})
     if target.container == "run-folder":
         return _plan_run(factors, target, family, tuple(notices))
-    if target.container == "peft-folder":
-        return _plan_peft(factors, target, tuple(notices))
-    return _plan_diffusers(factors, target, family, tuple(notices))
+    return _plan_file(factors, target, family, tuple(notices))
 
 
 def _cast(factor: Factor, dtype: str) -> Factor:
@@ -227,34 +225,51 @@ def _place(factor: Factor) -> Place:
     return "header" if factor.scale.source.startswith("header ") and factor.scale.exact != 1 else "file"
 
 
-def _plan_diffusers(factors: tuple[Factor, ...], target: Dialect, family: Family, notices: tuple[str, ...]) -> Plan:
-    config = {f"{family.component}.{key}": value for key, value in _lora_config(factors).items()}
-    metadata = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps(config, sort_keys=True),
-        ORIGIN_KEY: json.dumps(_origin_json(factors), sort_keys=True),
-    }
-    outputs = _outputs(factors, target, {f.module: f.module for f in factors})
-    metadata |= proof_claim(outputs)
-    return Plan(target, (PlannedFile(target.file, outputs, metadata),), {}, factors, notices)
-
-
-def _plan_peft(factors: tuple[Factor, ...], target: Dialect, notices: tuple[str, ...]) -> Plan:
-    outputs = _outputs(factors, target, {f.module: f.module for f in factors})
-    config = {
-        "base_model_name_or_path": None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "task_type": None,
-        **_lora_config(factors),
-    }
+def _plan_file(factors: tuple[Factor, ...], target: Dialect, family: Family, notices: tuple[str, ...]) -> Plan:
+    """One safetensors file, and the settings file beside it where the format has one."""
+    outputs = _outputs(factors, target, _names(factors, target, family))
     metadata = {"format": "pt", ORIGIN_KEY: json.dumps(_origin_json(factors), sort_keys=True), **proof_claim(outputs)}
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    return Plan(target, (PlannedFile(target.file, outputs, metadata),), {target.sidecar: text}, factors, notices)
+    if target.header:
+        config = {f"{family.component}.{key}": value for key, value in _lora_config(factors).items()}
+        metadata[target.header] = json.dumps(config, sort_keys=True)
+    texts = {target.sidecar: _settings_text(_settings(factors, target), target.sidecar)} if target.sidecar else {}
+    return Plan(target, (PlannedFile(target.file, outputs, metadata),), texts, factors, notices)
+
+
+def _plan_run(factors: tuple[Factor, ...], target: Dialect, family: Family, notices: tuple[str, ...]) -> Plan:
+    """A run folder with one torch file, its settings and the pointer to its only iteration."""
+    assert target.layout is not None
+    outputs = _outputs(factors, target, _names(factors, target, family))
+    settings = {**_settings(factors, target), ORIGIN_KEY: _origin_json(factors)}
+    texts = {target.layout.pointer: "1", target.sidecar: _settings_text(settings, target.sidecar)}
+    file = PlannedFile(f"1/{target.file}", outputs, kind="torch")
+    return Plan(target, (file,), texts, factors, notices)
+
+
+def _settings(factors: tuple[Factor, ...], target: Dialect) -> dict[str, Any]:
+    """Dotted path -> value of the settings file: what the format always has, and rank and alpha where it wants them."""
+    config = _lora_config(factors)
+    if not target.rank_pattern_at:
+        rank, alpha = _single_scale(factors, target)
+        config |= {"r": rank, "lora_alpha": plain(alpha)}
+    paths = {
+        target.rank_at: "r",
+        target.alpha_at: "lora_alpha",
+        target.rank_pattern_at: "rank_pattern",
+        target.alpha_pattern_at: "alpha_pattern",
+        target.rslora_at: "use_rslora",
+        target.targets_at: "target_modules",
+    }
+    return {**target.settings, **{path: config[key] for path, key in paths.items() if path}}
+
+
+def _settings_text(settings: Mapping[str, Any], name: str) -> str:
+    nested = _nested(settings)
+    if not name.endswith((".yaml", ".yml")):
+        return json.dumps(nested, indent=2, sort_keys=True) + "\n"
+    import yaml
+
+    return yaml.safe_dump(nested, sort_keys=True)
 
 
 def _lora_config(factors: tuple[Factor, ...]) -> dict[str, Any]:
@@ -281,22 +296,10 @@ def plain(value: Fraction) -> int | float:
     return int(value) if value.denominator == 1 else float(value)
 
 
-def _plan_run(factors: tuple[Factor, ...], target: Dialect, family: Family, notices: tuple[str, ...]) -> Plan:
-    import yaml
-
-    assert target.layout is not None
-    names = _spelled(factors, target, family)
-    rank, alpha = _single_scale(factors, target)
-    outputs = _outputs(factors, target, names)
-    settings = _nested({target.rank_at: rank, target.alpha_at: plain(alpha)})
-    settings[ORIGIN_KEY.partition(".")[0]] = {"origin": _origin_json(factors)}
-    texts = {target.layout.pointer: "1", target.sidecar: yaml.safe_dump(settings, sort_keys=True)}
-    file = PlannedFile(f"1/{target.file}", outputs, kind="torch")
-    return Plan(target, (file,), texts, factors, notices)
-
-
-def _spelled(factors: tuple[Factor, ...], target: Dialect, family: Family) -> dict[str, str]:
-    """Module -> the trainer's ``module#part``; raises :class:`FormatError` for modules the target cannot adapt."""
+def _names(factors: tuple[Factor, ...], target: Dialect, family: Family) -> dict[str, str]:
+    """Module -> the target's ``module#part``; raises :class:`FormatError` for modules the target cannot adapt."""
+    if not target.spelling:
+        return {f.module: f.module for f in factors}
     spelling = family.spellings[target.spelling]
     found = {f.module: spelling.find_part(f.module) for f in factors}
     foreign = [m for m, where in found.items() if where is None or not spelling.can_adapt(where[0])]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
@@ -191,7 +191,7 @@ Rule = Rename | Fused | Regrouped | Kernel
 class Spelling:
     """How one trainer names the modules of a family: the rules to diffusers names, and what has no counterpart.
 
-    ``adapts`` lists the trainer's modules (templates) that its LoRA can be put on.
+    ``adapts`` lists the trainer's modules (templates) that its LoRA can be put on; empty means any.
     """
 
     rules: tuple[Rule, ...]
@@ -230,7 +230,7 @@ class Spelling:
 
     def can_adapt(self, module: str) -> bool:
         """True if the trainer's LoRA can be put on this module (its own name)."""
-        return any(match(template, module) is not None for template in self.adapts)
+        return not self.adapts or any(match(template, module) is not None for template in self.adapts)
 
     def drops(self, name: str) -> str:
         """Why a tensor of this full name has no counterpart; empty if it has one."""
@@ -352,7 +352,7 @@ class Foreign:
     what: str
 
 
-Container = Literal["run-folder", "safetensors-file", "peft-folder"]
+Container = Literal["run-folder", "safetensors-file"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,7 +363,8 @@ class Dialect:
     family's spelling, empty for diffusers' own names. ``frozen`` spells the untouched weight of an adapted module.
     ``sidecar`` is the settings file beside the weights (YAML or JSON, by its suffix); ``alpha_at``, ``rank_at`` and,
     where modules may differ, ``alpha_pattern_at``, ``rank_pattern_at`` and ``rslora_at`` are paths into it. ``header``
-    is the key of a safetensors header that holds peft's configuration as JSON.
+    is the key of a safetensors header that holds peft's configuration as JSON. ``targets_at`` is where the names of the
+    adapted modules stand, ``settings`` what the format's own settings file always says.
     ``default_alpha`` is the documented convention where no file says alpha: a number, ``"rank"``, or None for unknown.
     ``every_consumer_reads_alpha`` is false where some consumer of the format applies scale 1 whatever the file says,
     so that the scale has to be folded into ``up``.
@@ -386,6 +387,8 @@ class Dialect:
     rank_pattern_at: str = ""
     alpha_pattern_at: str = ""
     rslora_at: str = ""
+    targets_at: str = ""
+    settings: Mapping[str, object] = field(default_factory=dict)
     header: str = ""
     default_alpha: int | Literal["rank"] | None = None
     default_why: str = ""

@@ -150,7 +150,8 @@ def _add_sidecar(source: Source, file: Path) -> None:
     for dialect in dialects():
         beside = file.with_name(dialect.sidecar) if dialect.sidecar else None
         if beside is not None and file.stem == Path(dialect.file).stem and beside.is_file():
-            source.config, source.config_path = sidecar.read_json(beside), beside
+            read = sidecar.read_yaml if beside.suffix in (".yaml", ".yml") else sidecar.read_json
+            source.config, source.config_path = read(beside), beside
 
 
 def _open_run(path: Path, run: RunFiles, stack: ExitStack) -> Source:

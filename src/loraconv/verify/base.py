@@ -11,13 +11,14 @@ from typing import Any
 
 from loraconv.lazy import Joined, Lazy, TensorRef, Viewed
 from loraconv.names import fold_names
-from loraconv.verify.numbers import Held, Pair, Tensor, coarse, compare, same_bytes, values
+from loraconv.verify.config import DIT, POSITIONS, Settings, check_config, expected_config, is_rotary
+from loraconv.verify.coverage import check_coverage
+from loraconv.verify.numbers import Held, Pair, Tensor, coarse, compare, same_bytes, same_numbers, values
 from loraconv.verify.positions import agrees
 from loraconv.verify.proof import Check, Control, Proof
 
 Tensors = Mapping[str, TensorRef]
-_DIT = "model.diffusion_model."
-_LAYER = _DIT + "transformer.layers."
+_LAYER = DIT + "transformer.layers."
 #: diffusers module inside a block -> (SAT module inside a layer, the third of its rows; None for all)
 _BLOCK = {
     "attn1.to_q": ("attention.query_key_value", 0),
@@ -42,7 +43,6 @@ _OUTER = {
     "patch_embed.proj": "mixins.patch_embed.proj",
     "patch_embed.text_proj": "mixins.patch_embed.text_proj",
 }
-_ROTARY = ("transformer.position_embeddings.weight", "mixins.pos_embed.freqs_sin")
 _BY_ROWS = ("attention.query_key_value", "mlp.dense_h_to_4h")
 _BY_COLUMNS = ("attention.dense", "mlp.dense_4h_to_h")
 
@@ -94,17 +94,17 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def source_of(ranks: list[Tensors], name: str, shape: tuple[int, ...]) -> Lazy:
     """The bytes that the diffusers tensor ``name`` must hold, out of a SAT checkpoint. Raises KeyError if absent."""
     if name == "patch_embed.pos_embedding":
-        return ranks[0][_DIT + "mixins.pos_embed.pos_embedding"]
+        return ranks[0][POSITIONS]
     module, _, param = name.rpartition(".")
     if not module.startswith("transformer_blocks."):
-        found = ranks[0][f"{_DIT}{_OUTER[module]}.{param}"]
+        found = ranks[0][f"{DIT}{_OUTER[module]}.{param}"]
         return found if found.shape == shape else Viewed(found, shape)
     layer, _, inner = module.removeprefix("transformer_blocks.").partition(".")
     if inner in ("attn1.norm_q", "attn1.norm_k"):
         which = {"q": "query", "k": "key"}[inner[-1]]
-        return ranks[0][f"{_DIT}mixins.adaln_layer.{which}_layernorm_list.{layer}.{param}"]
+        return ranks[0][f"{DIT}mixins.adaln_layer.{which}_layernorm_list.{layer}.{param}"]
     if inner in _ADALN:
-        table = ranks[0][f"{_DIT}mixins.adaln_layer.adaLN_modulations.{layer}.1.{param}"]
+        table = ranks[0][f"{DIT}mixins.adaln_layer.adaLN_modulations.{layer}.1.{param}"]
         step = table.shape[0] // 12
         return Joined(tuple(table.rows(n * step, (n + 1) * step) for n in _ADALN[inner]), 0)
     return _layer_source(ranks, layer, inner, param)
@@ -128,32 +128,40 @@ def _plain_or_original(tensors: Tensors, module: str, param: str) -> TensorRef:
     return tensors[original] if original in tensors else tensors[f"{module}.{param}"]
 
 
-def prove_base(ranks: list[Tensors], stored: Mapping[str, Lazy], config: Mapping[str, Any], dtype: str | None) -> Proof:
-    """Compare what is on disk with the source; ``dtype`` is set where the user asked for a cast."""
-    shapes = model_shapes(config)
+def prove_base(
+    ranks: list[Tensors], settings: Settings, stored: Mapping[str, Lazy], config: Mapping[str, Any], dtype: str | None
+) -> Proof:
+    """Compare what is on disk, the tensors and ``config.json``, with the source and its ``settings``.
+
+    ``dtype`` is set where the user asked for a cast.
+    """
+    right = expected_config(ranks[0], settings)
+    shapes = model_shapes(right)
     names = _names(shapes, stored)
-    checks = [names]
-    if names.passed:
-        wrong = [n for n in shapes if not _agrees(source_of(ranks, n, shapes[n]), stored[n], dtype)]
-        what = "byte for byte equal" if dtype is None else f"every number within half a unit of {dtype}"
-        detail = f"other content in {'; '.join(fold_names(wrong)[:4])}" if wrong else ""
-        checks.append(Check("L1", what, not wrong, len(shapes), detail=detail))
-        checks += _positions(ranks[0], config)
-    return Proof("base", tuple(checks), _controls(ranks, stored, shapes, dtype) if names.passed else ())
+    if not names.passed:
+        return Proof("base", (names, check_config(right, config)), ())
+    origins = {n: source_of(ranks, n, shape) for n, shape in shapes.items()}
+    wrong = [n for n in shapes if not _agrees(origins[n], stored[n], dtype)]
+    what = "byte for byte equal" if dtype is None else f"every number within half a unit of {dtype}"
+    detail = f"other content in {'; '.join(fold_names(wrong)[:4])}" if wrong else ""
+    checks = [
+        names,
+        Check("L1", what, not wrong, len(shapes), detail=detail),
+        check_config(right, config),
+        check_coverage(ranks, origins.values()),
+        *_positions(ranks[0], right),
+    ]
+    return Proof("base", tuple(checks), _controls(ranks, stored, shapes, dtype))
 
 
 def _positions(tensors: Tensors, config: Mapping[str, Any]) -> list[Check]:
-    """How the model knows positions, which its diffusers weights do not show: rotary or not, and for which sample."""
-    rotary = any(f"{_DIT}{name}" in tensors for name in _ROTARY)
-    right = config["use_rotary_positional_embeddings"] is rotary
-    detail = "" if right else f"the checkpoint {'is' if rotary else 'is not'} rotary"
-    checks = [Check("L1", "the kind of positions", right, 1, detail=detail)]
-    held = tensors.get(_DIT + "mixins.pos_embed.pos_embedding")
-    if held is not None and not rotary:
-        fine, gap, bound = agrees(values(held)[0], held.dtype, config)
-        detail = "" if fine else f"diffusers would compute another table: off by {gap:.1e}"
-        checks.append(Check("L1", "the table of positions that diffusers computes", fine, 1, gap, bound, detail))
-    return checks
+    """The table that diffusers computes where its weights have none: it must be the one the model was trained with."""
+    held = tensors.get(POSITIONS)
+    if held is None or is_rotary(tensors):
+        return []
+    fine, gap, bound = agrees(held, config)
+    detail = "" if fine else f"diffusers would compute another table: off by {gap:.1e}"
+    return [Check("L1", "the table of positions that diffusers computes", fine, 1, gap, bound, detail)]
 
 
 def _names(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Lazy]) -> Check:
@@ -181,9 +189,13 @@ def _agrees(expected: Lazy, stored: Tensor, dtype: str | None) -> bool:
 def _controls(
     ranks: list[Tensors], stored: Mapping[str, Lazy], shapes: Mapping[str, tuple[int, ...]], dtype: str | None
 ) -> tuple[Control, ...]:
+    import numpy as np
+
     made = []
     for name, mistake in _mistakes(stored):
-        spoilt = mistake()
+        # Infinity times zero is one of the mistakes.
+        with np.errstate(over="ignore", invalid="ignore"):
+            spoilt = mistake()
         failed = [n for n, t in spoilt.items() if not _agrees(source_of(ranks, n, shapes[n]), t, dtype)]
         changed = any(not _unchanged(stored[n], t) for n, t in spoilt.items())
         made.append(Control(name, True if failed else (False if changed else None), "L1" if failed else ""))
@@ -191,13 +203,7 @@ def _controls(
 
 
 def _unchanged(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and _equal(values(one), values(other))
-
-
-def _equal(one: Any, other: Any) -> bool:
-    import numpy as np
-
-    return bool(np.array_equal(one, other) or np.array_equal(one, other, equal_nan=True))
+    return one.shape == other.shape and same_numbers(values(one), values(other))
 
 
 Spoil = Callable[[], dict[str, Tensor]]
@@ -228,7 +234,7 @@ def _telling(stored: Mapping[str, Lazy], names: list[str]) -> str:
     """The first of these tensors in which a mistake would show: one that is not zero, and not exact in few bits."""
     for name in names:
         array = values(stored[name])
-        if not _equal(array, coarse(array)):
+        if not same_numbers(array, coarse(array)):
             return name
     return names[-1]
 

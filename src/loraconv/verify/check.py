@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
-from loraconv.errors import ProofFailed
+from loraconv.errors import LoraconvError, ProofFailed
 from loraconv.io.input_file import InputFile
 from loraconv.io.safetensors_read import read_safetensors
-from loraconv.io.torch_read import read_torch
+from loraconv.io.torch_read import read_torch, sniff
 from loraconv.lazy import TensorRef
+from loraconv.names import printable
 from loraconv.verify.adapter import prove_adapter
 from loraconv.verify.base import prove_base
-from loraconv.verify.numbers import Expectation
-from loraconv.verify.oracles import check_written, pairs_of, yaml_settings
-from loraconv.verify.proof import Proof
+from loraconv.verify.dtypes import expected_dtypes
+from loraconv.verify.loadable import SETTINGS_FILES, adapter_file, check_base_files, check_torch, check_written
+from loraconv.verify.numbers import Expectation, Pair
+from loraconv.verify.oracles import ORACLES, pairs_of, yaml_settings
+from loraconv.verify.origin import check_origin, record, recorded_dtypes, source_record
+from loraconv.verify.proof import Check, Proof
 
 
 class Checkpoint(Protocol):
@@ -36,29 +41,81 @@ def prove_written(
     files: Sequence[str],
     source_kind: str,
     source: Checkpoint,
-    dtypes: Mapping[str, tuple[str, str]],
+    settings_file: str = "",
     alpha: Fraction | None = None,
     every_consumer: bool = False,
     dtype: str | None = None,
 ) -> Proof:
-    """The proof of the output of format ``kind`` (``sat``, ``diffusers``, ``peft`` or ``base``) in ``folder``.
+    """The proof of the output of format ``kind`` (the name of a dialect, or ``base``) in ``folder``.
 
-    ``every_consumer`` demands that the strength is the same where the header is not read. Raises
-    :class:`ProofFailed` where the output cannot be read at all.
+    ``alpha`` and ``dtype`` are the user's own, if any. ``every_consumer`` demands that the strength is the same where
+    the header is not read. ``settings_file`` is the settings file of a format that is not loraconv's own.
+
+    Raises :class:`ProofFailed` where the output cannot be read or compared at all, :class:`FormatError` where no oracle
+    knows the format. Errors about the source are passed on.
     """
-    with ExitStack() as stack:
-        opened = [stack.enter_context(InputFile(folder / name)) for name in files]
+    with _as_failure(folder), ExitStack() as stack:
         if kind == "base":
-            stored = {name: _safetensors(file)[0] for name, file in zip(files, opened, strict=True)}
-            _check_index(folder, stored)
-            tensors = {n: t for shard in stored.values() for n, t in shard.items()}
-            return prove_base(list(source.ranks), tensors, _json(folder / "config.json"), dtype)
-        tensors, metadata = _torch(opened[0]) if kind == "sat" else _safetensors(opened[0])
-        settings = _settings(kind, folder)
-        check_written(kind, tensors, metadata, settings)
+            return _prove_base(folder, files, source, dtype, stack)
+        name = adapter_file(kind, folder, files)
+        file = stack.enter_context(InputFile(folder / name))
+        tensors, metadata = _safetensors(file) if _is_safetensors(file, kind) else _torch(file, kind)
+        settings = _settings(folder, SETTINGS_FILES.get(kind, "" if kind in ORACLES else settings_file))
+        if kind in ORACLES:
+            check_written(kind, tensors, metadata, settings)
         written = pairs_of(kind, [tensors], metadata, settings, None)
         pairs = pairs_of(source_kind, list(source.ranks), source.metadata, source.config, alpha)
-        return prove_adapter(Expectation(pairs, dtypes), written, scale_ignored=every_consumer)
+        earlier = source_record(source.metadata, source.config)
+        dtypes = expected_dtypes(pairs, written, dtype, recorded_dtypes(earlier))
+        proof = prove_adapter(Expectation(pairs, dtypes), written, scale_ignored=every_consumer)
+        if source_kind != "sat" or kind not in ORACLES:
+            return proof
+        return replace(proof, checks=(*proof.checks, *_origin(kind, pairs, record(metadata, settings), earlier)))
+
+
+def _origin(
+    kind: str, pairs: Mapping[str, Pair], written: Mapping[str, Any] | None, earlier: Mapping[str, Any]
+) -> list[Check]:
+    """SAT's own settings have room for alpha and rank, so that a record beside them may be missing."""
+    if written is None and kind == "sat":
+        return []
+    return [check_origin(pairs, written or {}, earlier)]
+
+
+@contextmanager
+def _as_failure(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong with the output is a failed proof; an error about the source stays what it is."""
+    try:
+        yield
+    except ProofFailed:
+        raise
+    except LoraconvError as error:
+        if printable(str(folder), 1000) not in str(error):
+            raise
+        raise _unreadable(error.what, error.why) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Above all what a wrong output makes of json, yaml, regular expressions and look-ups: a key that is missing, a
+        # list where there should be a mapping.
+        raise _unreadable(f"{type(error).__name__}: {error}", "") from error
+
+
+def _unreadable(what: str, why: str) -> ProofFailed:
+    return ProofFailed(
+        "the written output cannot be read again, or not be compared with its source",
+        why=printable(f"{what}; {why}" if why else what, 400),
+        hint="please report this, with the output of loraconv inspect on the source",
+    )
+
+
+def _prove_base(folder: Path, files: Sequence[str], source: Checkpoint, dtype: str | None, stack: ExitStack) -> Proof:
+    check_base_files(folder, files)
+    opened = {name: stack.enter_context(InputFile(folder / name)) for name in files}
+    shards = {name: _safetensors(file)[0] for name, file in opened.items()}
+    _check_index(folder, shards)
+    tensors = {n: t for shard in shards.values() for n, t in shard.items()}
+    return prove_base(list(source.ranks), source.config, tensors, _json(folder / "config.json"), dtype)
 
 
 def _check_index(folder: Path, shards: Mapping[str, Mapping[str, TensorRef]]) -> None:
@@ -77,8 +134,15 @@ def _check_index(folder: Path, shards: Mapping[str, Mapping[str, TensorRef]]) ->
 
 
 def _json(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise TypeError(f"{path.name} holds {type(value).__name__}, not a mapping")
     return value
+
+
+def _is_safetensors(file: InputFile, kind: str) -> bool:
+    """By the name in loraconv's own formats, by the content in others."""
+    return file.path.suffix == ".safetensors" if kind in ORACLES else sniff(file) == "safetensors"
 
 
 def _safetensors(file: InputFile) -> tuple[dict[str, TensorRef], dict[str, str]]:
@@ -97,16 +161,18 @@ def _safetensors(file: InputFile) -> tuple[dict[str, TensorRef], dict[str, str]]
     return ours.tensors, ours.metadata
 
 
-def _torch(file: InputFile) -> tuple[dict[str, TensorRef], dict[str, str]]:
+def _torch(file: InputFile, kind: str) -> tuple[dict[str, TensorRef], dict[str, str]]:
     root = read_torch(file)
-    assert isinstance(root, dict)
+    if not isinstance(root, dict):
+        raise TypeError(f"{file.path.name} holds {type(root).__name__}, not a mapping")
+    if kind in ORACLES:
+        check_torch(root)
     return {name: ref for name, ref in root["module"].items() if isinstance(ref, TensorRef)}, {}
 
 
-def _settings(kind: str, folder: Path) -> dict[str, Any] | None:
-    """The settings file that was written beside the weights."""
-    if kind == "sat":
-        return yaml_settings((folder / "training_config.yaml").read_text(encoding="utf-8"))
-    if kind == "peft":
-        return _json(folder / "adapter_config.json")
-    return None
+def _settings(folder: Path, name: str) -> dict[str, Any] | None:
+    """The settings file that was written beside the weights, JSON or YAML by its name; None where there is none."""
+    path = folder / name
+    if not name or (name not in SETTINGS_FILES.values() and not path.exists()):
+        return None
+    return _json(path) if path.suffix == ".json" else yaml_settings(path.read_text(encoding="utf-8"))

@@ -17,25 +17,28 @@ def adapter_controls(expected: Expectation, stored: Pairs, judge: Judge) -> tupl
 
     A mistake that leaves every number as it is (twice zero) cannot be caught and is recorded as such.
     """
-    controls = []
-    for name, spoilt in _mistakes(stored):
-        if not spoilt:
-            controls.append(Control(name, None, "this adapter has no place for it"))
-            continue
-        touched = [m for m in spoilt.before if m in expected.pairs]
-        part = replace(
-            expected,
-            pairs={m: expected.pairs[m] for m in touched},
-            dtypes={m: expected.dtypes[m] for m in touched},
-        )
-        failed = judge(part, spoilt.after)
-        if failed:
-            controls.append(Control(name, True, failed))
-        elif _changes_nothing(spoilt):
-            controls.append(Control(name, None, "it changes no number here"))
-        else:
-            controls.append(Control(name, False, ""))
-    return tuple(controls)
+    import numpy as np
+
+    # Infinity times zero is one of the mistakes.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return tuple(_control(expected, name, spoilt, judge) for name, spoilt in _mistakes(stored))
+
+
+def _control(expected: Expectation, name: str, spoilt: Spoilt | None, judge: Judge) -> Control:
+    if not spoilt:
+        return Control(name, None, "this adapter has no place for it")
+    touched = [m for m in spoilt.before if m in expected.pairs]
+    part = replace(
+        expected,
+        pairs={m: expected.pairs[m] for m in touched},
+        dtypes={m: expected.dtypes[m] for m in touched},
+    )
+    failed = judge(part, spoilt.after)
+    if failed:
+        return Control(name, True, failed)
+    if _changes_nothing(spoilt):
+        return Control(name, None, "it changes no number here")
+    return Control(name, False, "")
 
 
 class Spoilt:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from loraconv.lazy import decode, encode
-from loraconv.verify.numbers import Array, Pair, Tensor, same_numbers, values
+from loraconv.verify.numbers import Pair, Tensor, same_numbers, values
+
+if TYPE_CHECKING:
+    from loraconv.verify.numbers import Array
 
 Pairs = Mapping[str, Pair]
 Dtypes = dict[str, tuple[str, str]]
@@ -20,7 +24,7 @@ def expected_dtypes(source: Pairs, stored: Pairs, dtype: str | None, recorded: M
     """Module -> dtypes of (down, up). ``dtype`` is the user's; ``recorded`` is, by module, the dtype that the source
     says its factors had before an earlier conversion widened them."""
     if dtype is not None:
-        return {module: (dtype, dtype) for module in source}
+        return dict.fromkeys(source, (dtype, dtype))
     both = {module: (pair, stored[module]) for module, pair in source.items() if module in stored}
     widened = any(not _fits(pair, other) for pair, other in both.values())
     made = {}

@@ -41,8 +41,13 @@ _DEFAULTS = {
 
 
 def adapter_file(kind: str, folder: Path, files: Sequence[str]) -> str:
-    """The file that a consumer of this format opens in ``folder``; raises unless it is the one that was written."""
-    name = _ADAPTER_FILES.get(kind, files[0])
+    """The file that a consumer of this format opens in ``folder``; raises unless it is the one that was written.
+
+    Nothing is known about the names of another package's format.
+    """
+    if kind not in _ADAPTER_FILES:
+        return files[0]
+    name = _ADAPTER_FILES[kind]
     if kind == "sat":
         name = f"{(folder / 'latest').read_text(encoding='utf-8').strip()}/{name}"
     _check_files(folder, [name], files)
@@ -58,9 +63,9 @@ def check_base_files(folder: Path, files: Sequence[str]) -> None:
 
 def _check_files(folder: Path, wanted: list[str], files: Sequence[str]) -> None:
     beside = (folder / wanted[0]).parent
-    found = {path for path in beside.iterdir() if path.suffix in _WEIGHTS}
+    found = {path for path in beside.iterdir() if path.suffix in _WEIGHTS} if beside.is_dir() else set()
     if sorted(files) != wanted or found != {folder / name for name in wanted}:
-        told = ", ".join(sorted(path.name for path in found) or files)
+        told = ", ".join(dict.fromkeys([*files, *sorted(path.name for path in found)]))
         raise unloadable(f"they look for {printable(wanted[0])}, written was {printable(told)}")
 
 

@@ -98,17 +98,23 @@ def relative_error(expected: Pair, stored: Pair) -> tuple[float, float]:
     """``(error, bound)`` of the stored delta in the Frobenius norm, relative to the expected one, both in float64.
 
     The bound is what half a unit in the last place of every stored number can make of it. An expected delta of zero
-    gives both as absolute values.
+    gives both as absolute values. Infinity and NaN, which :func:`compare` looks at one by one, count as zero.
     """
     if expected.shape != stored.shape:
         return float("inf"), 0.0
     ratio, exact = _ratio(expected.scale, stored.scale)
-    down, up = values(expected.down), _rescaled(expected.up, ratio)
+    down, up = _finite(values(expected.down)), _finite(_rescaled(expected.up, ratio))
     size = product_norm(up, down)
-    error = difference_norm(up, down, values(stored.up), values(stored.down))
+    error = difference_norm(up, down, _finite(values(stored.up)), _finite(values(stored.down)))
     d_up, d_down = _norm(_up_slack(up, stored.up.dtype, exact)), _norm(slack(down, stored.down.dtype))
     room = d_up * _norm(down) + _norm(up) * d_down + d_up * d_down
     return (error / size, room / size) if size else (error, room)
+
+
+def _finite(array: Array) -> Array:
+    import numpy as np
+
+    return np.where(np.isfinite(array), array, 0.0)
 
 
 def _rescaled(up: Tensor, ratio: float) -> Array:

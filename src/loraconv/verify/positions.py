@@ -9,9 +9,11 @@ each for column and row; in each part the sines of ``position / 10000 ** (2 i / 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from loraconv.lazy import TensorRef, read
 from loraconv.verify.numbers import HALF_ULP
 
 if TYPE_CHECKING:
@@ -20,20 +22,21 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
-def table(config: Mapping[str, Any]) -> Array:
-    """The table in float64: ``(text + frames * rows * columns, width)``; the rows of the text are zero."""
+def frames_of(config: Mapping[str, Any]) -> Iterator[Array]:
+    """The table in float64, piece by piece: the rows of the text, which are zero, then each frame's
+    ``(rows * columns, width)``."""
     import numpy as np
 
     width = config["num_attention_heads"] * config["attention_head_dim"]
     frames, rows, columns = _grid(config)
     spatial, temporal = config["spatial_interpolation_scale"], config["temporal_interpolation_scale"]
-    by_frame = _waves(np.arange(frames) / temporal, width // 4)[:, None, None, :]
-    by_row = _waves(np.arange(rows) / spatial, width * 3 // 8)[None, :, None, :]
-    by_column = _waves(np.arange(columns) / spatial, width * 3 // 8)[None, None, :, :]
-    shape = (frames, rows, columns)
-    parts = [np.broadcast_to(part, (*shape, part.shape[-1])) for part in (by_frame, by_column, by_row)]
-    video = np.concatenate(parts, axis=-1).reshape(-1, width)
-    return np.concatenate([np.zeros((config["max_text_seq_length"], width)), video])
+    by_frame = _waves(np.arange(frames) / temporal, width // 4)
+    by_row = _waves(np.arange(rows) / spatial, width * 3 // 8)[:, None, :]
+    by_column = _waves(np.arange(columns) / spatial, width * 3 // 8)[None, :, :]
+    yield np.zeros((config["max_text_seq_length"], width))
+    for own in by_frame:
+        parts = [np.broadcast_to(part, (rows, columns, part.shape[-1])) for part in (own, by_column, by_row)]
+        yield np.concatenate(parts, axis=-1).reshape(-1, width)
 
 
 def _grid(config: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -49,17 +52,23 @@ def _waves(positions: Array, width: int) -> Array:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
-def agrees(stored: Array, dtype: str, config: Mapping[str, Any]) -> tuple[bool, float, float]:
-    """``(agrees, greatest difference, bound)`` of a checkpoint's table against the computed one.
+def agrees(stored: TensorRef, config: Mapping[str, Any]) -> tuple[bool, float, float]:
+    """``(agrees, greatest difference, bound)`` of a checkpoint's table ``(1, positions, width)`` against ours.
 
     The bound: half a unit in the last place of the stored dtype at 1, and the angle, at most the greatest position,
     from four float32 roundings (position, scale, frequency, product) in whoever computed it.
     """
     import numpy as np
 
-    own = table(config)
-    if own.shape != stored.shape:
-        return False, float("inf"), 0.0
-    bound = HALF_ULP[dtype][0] + max(_grid(config)) * 4 * HALF_ULP["F32"][0]
-    gap = float(np.max(np.abs(own - stored)))
+    bound = HALF_ULP[stored.dtype][0] + max(_grid(config)) * 4 * HALF_ULP["F32"][0]
+    frames, rows, columns = _grid(config)
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    if stored.shape != (1, config["max_text_seq_length"] + frames * rows * columns, width):
+        return False, float("inf"), bound
+    flat = replace(stored, shape=stored.shape[1:], strides=stored.strides[1:] if stored.strides else None)
+    at, gap = 0, 0.0
+    for own in frames_of(config):
+        held = read(flat.rows(at, at + len(own)))
+        gap = max(gap, float(np.max(np.abs(own - held), initial=0.0)))
+        at += len(own)
     return gap <= bound, gap, bound
