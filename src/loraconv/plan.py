@@ -300,6 +300,13 @@ def _names(factors: tuple[Factor, ...], target: Dialect, family: Family) -> dict
     """Module -> the target's ``module#part``; raises :class:`FormatError` for modules the target cannot adapt."""
     if not target.spelling:
         return {f.module: f.module for f in factors}
+    if target.spelling not in family.spellings:
+        raise FormatError(
+            f"{target.name} has no names for the modules of {family.title}",
+            why=f"no table spells them for {target.spelling}",
+            hint="loraconv formats",
+            slug="cannot-carry",
+        )
     spelling = family.spellings[target.spelling]
     found = {f.module: spelling.find_part(f.module) for f in factors}
     foreign = [m for m, where in found.items() if where is None or not spelling.can_adapt(where[0])]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -80,9 +81,17 @@ def dialects() -> tuple[Dialect, ...]:
     return tuple(t for t in _tables() if isinstance(t, Dialect))
 
 
+@cache
 def families() -> tuple[Family, ...]:
-    """Every known model family, loraconv's own first."""
-    return tuple(t for t in _tables() if isinstance(t, Family))
+    """Every known model family, loraconv's own first. A second table of a family's name adds its spellings to it."""
+    merged: dict[str, Family] = {}
+    for table in _tables():
+        if not isinstance(table, Family):
+            continue
+        known = merged.get(table.name)
+        spellings = {**(known.spellings if known else {}), **table.spellings}
+        merged[table.name] = replace(known or table, spellings=spellings)
+    return tuple(merged.values())
 
 
 def dialect(name: str) -> Dialect:
