@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import loraconv
-from loraconv import base, conversion, ranks, registry
+from loraconv import base, conversion, jobs, ranks, registry
 from loraconv.errors import CorruptCheckpoint, FormatError, ProofFailed
 from loraconv.fold import cast
 from loraconv.io.safetensors_write import write_safetensors
@@ -141,7 +141,7 @@ def test_a_wrong_alpha_in_what_is_written_beside_fails(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
     """The settings file, or the header, that carries alpha."""
-    real = conversion.plan_adapter
+    real = jobs.plan_adapter
 
     def wrong(*args: Any, **options: Any) -> Any:
         plan = real(*args, **options)
@@ -159,7 +159,7 @@ def test_a_wrong_alpha_in_what_is_written_beside_fails(
             files.append(replace(file, metadata=header))
         return replace(plan, texts=texts, files=tuple(files))
 
-    monkeypatch.setattr(conversion, "plan_adapter", wrong)
+    monkeypatch.setattr(jobs, "plan_adapter", wrong)
     with pytest.raises(ProofFailed):
         loraconv.convert(run, out=tmp_path / "out", to=to)
     assert list(tmp_path.iterdir()) == []
@@ -171,6 +171,7 @@ def test_a_right_output_has_every_check_and_all_eight_controls(run: Path, tmp_pa
     assert adapter.caught == base.caught == "8/8"
     assert [c.level for c in adapter.checks] == ["L0", "L1", "L2", "L2", "L0"]
     assert [c.level for c in base.checks] == ["L0", "L1", "L0", "L0", "L1"]
+    assert base.checks[1].name == "byte for byte equal"
     assert adapter.passed
     assert base.passed
     manifest = json.loads((tmp_path / "out" / "loraconv.json").read_text())
@@ -240,8 +241,8 @@ Change = Callable[[Plan], Plan]
 
 def plan_wrongly(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
     for name in ("plan_adapter", "plan_base"):
-        real = getattr(conversion, name)
-        monkeypatch.setattr(conversion, name, lambda *a, real=real, **options: change(real(*a, **options)))
+        real = getattr(jobs, name)
+        monkeypatch.setattr(jobs, name, lambda *a, real=real, **options: change(real(*a, **options)))
 
 
 def fails(folder: Path, run: Path, to: str, **options: Any) -> ProofFailed:
@@ -379,6 +380,15 @@ def test_without_settings_the_sample_is_that_of_the_released_models(
     assert (made["max_text_seq_length"], made["temporal_compression_ratio"]) == (226, 4)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.87])
+def test_a_table_of_positions_that_diffusers_would_not_compute_fails(tmp_path: Path, scale: float) -> None:
+    """The settings name another interpolation than the table in the checkpoint was made with."""
+    run = build(small(), tmp_path / "run")
+    file = run / "training_config.yaml"
+    file.write_text(file.read_text().replace("height_interpolation: 1.875", f"height_interpolation: {scale}"))
+    assert "table of positions" in fails(tmp_path, run, "base").where
+
+
 def loaded(file: Path) -> Any:
     return torch.load(file, weights_only=False)
 
@@ -432,8 +442,8 @@ def test_an_adapter_in_another_dtype_fails(
 def test_the_dtype_that_was_asked_for_is_demanded(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
-    real = conversion.plan_adapter
-    monkeypatch.setattr(conversion, "plan_adapter", lambda *a, **o: real(*a, **{**o, "dtype": None}))
+    real = jobs.plan_adapter
+    monkeypatch.setattr(jobs, "plan_adapter", lambda *a, **o: real(*a, **{**o, "dtype": None}))
     assert "dtype" in fails(tmp_path, run, to, dtype="bf16").where
 
 
@@ -455,10 +465,8 @@ def test_widening_with_a_reason_is_demanded_of_every_module(tmp_path: Path, monk
 
 @pytest.mark.parametrize("dtype", ["F16", "F64"])
 def test_a_base_in_another_dtype_fails(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    real = conversion.read_base
-    monkeypatch.setattr(
-        conversion, "read_base", lambda *a: {name: cast(tensor, dtype) for name, tensor in real(*a).items()}
-    )
+    real = jobs.read_base
+    monkeypatch.setattr(jobs, "read_base", lambda *a: {name: cast(tensor, dtype) for name, tensor in real(*a).items()})
     assert "other content" in fails(tmp_path, run, "base").where
 
 
@@ -494,6 +502,7 @@ def test_a_configuration_that_asks_for_more_than_lora_fails(
 
 def test_harmless_values_in_the_header_pass(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     harmless = {"peft_type": "LORA", "use_dora": False, "modules_to_save": None, "loftq_config": {}, "bias": "none"}
+    harmless |= {"init_lora_weights": True, "megatron_core": "megatron.core", "qalora_group_size": 16}
     plan_wrongly(
         monkeypatch,
         in_header("lora_adapter_metadata", lambda c: c.update({f"transformer.{k}": v for k, v in harmless.items()})),

@@ -7,35 +7,28 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from loraconv import __version__
-from loraconv.adapter import Adapter, read_adapter
-from loraconv.base import bare_tensors, read_base
 from loraconv.describe import Summary, summarise
 from loraconv.detect import Detected, detect
-from loraconv.errors import FormatError, ProofFailed, UsageError
-from loraconv.fold import refuse_ruin
-from loraconv.health import check_adapter, check_base, nonfinite_error
+from loraconv.errors import FormatError, ProofFailed
 from loraconv.io.atomic import OutputFile, OutputFolder, output_folder
 from loraconv.io.safetensors_write import write_safetensors
 from loraconv.io.target import MANIFEST
 from loraconv.io.torch_write import write_torch
+from loraconv.jobs import Job, Options, adapter_job, base_job, unknown_notices
 from loraconv.lazy import Lazy
-from loraconv.model_config import check_positions, infer_config
-from loraconv.names import DTYPE_WORDS, fold_names, printable, quoted
-from loraconv.plan import Plan, ScaleIn, plan_adapter
-from loraconv.plan_base import parse_size, plan_base
+from loraconv.names import printable, quoted
+from loraconv.plan import Plan, ScaleIn
+from loraconv.plan_base import parse_size
 from loraconv.registry import dialect
-from loraconv.scale import given_alpha
 from loraconv.source import Source, open_source
 from loraconv.verify.check import prove_written
-from loraconv.verify.oracles import rank_distances
 from loraconv.verify.proof import Proof
 
 What = Literal["lora", "base", "all"]
@@ -84,20 +77,6 @@ class ConvertResult:
         }
 
 
-@dataclass(slots=True)
-class _Job:
-    """One part of a conversion: the plan, the sub-folder it goes to, and what its proof needs.
-
-    ``check`` reads the source once more beside the writing, raises if its numbers are not sound, and returns the
-    CRC-32 of every tensor.
-    """
-
-    plan: Plan
-    place: str
-    proof: dict[str, Any] = field(default_factory=dict)
-    check: Callable[[], dict[str, str]] | None = None
-
-
 def convert(
     src: str | Path,
     *,
@@ -122,10 +101,10 @@ def convert(
     Raises the errors of ``loraconv.errors``; on any of them ``out`` is as it was.
     """
     target = dialect(to)
-    options = _Options(alpha, dtype, scale_in, strict, nearest, allow_nonfinite)
+    options = Options(alpha, dtype, scale_in, strict, nearest, allow_nonfinite)
     with open_source(src) as source:
         detected = detect(source)
-        job, notices = _adapter_job(source, detected, target.name, options)
+        job, notices = adapter_job(source, detected, target.name, options)
         return _finish(source, detected, [job], notices, _Request(out, to, options, overwrite, dry_run))
 
 
@@ -150,7 +129,7 @@ def sat2diffusers(
     folder, sharded at ``max_shard_size``) or ``all`` (both, the base in ``transformer/``). The other options are those
     of :func:`convert`; ``alpha``, ``scale_in``, ``strict`` and ``nearest`` concern the LoRA only.
     """
-    options = _Options(alpha, dtype, scale_in, strict, nearest, allow_nonfinite)
+    options = Options(alpha, dtype, scale_in, strict, nearest, allow_nonfinite)
     limit = parse_size(max_shard_size)
     with open_source(src) as source:
         detected = detect(source)
@@ -162,34 +141,12 @@ def sat2diffusers(
             )
         jobs, notices = [], []
         if what in ("lora", "all"):
-            job, said = _adapter_job(source, detected, "diffusers", options)
+            job, said = adapter_job(source, detected, "diffusers", options)
             jobs.append(job)
             notices += said
         if what in ("base", "all"):
-            jobs.append(_base_job(source, detected, options, limit, "transformer/" if what == "all" else ""))
+            jobs.append(base_job(source, detected, options, limit, "transformer/" if what == "all" else ""))
         return _finish(source, detected, jobs, notices, _Request(out, "diffusers", options, overwrite, dry_run))
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    alpha: float | None
-    dtype: str | None
-    scale_in: ScaleIn
-    strict: bool
-    nearest: bool
-    allow_nonfinite: bool
-
-    @property
-    def exact_alpha(self) -> Fraction | None:
-        return given_alpha(self.alpha)
-
-    @property
-    def dtype_name(self) -> str | None:
-        if self.dtype is None:
-            return None
-        if self.dtype not in DTYPE_WORDS:
-            raise UsageError(f"unknown dtype: {self.dtype!r}", hint=f"use one of {', '.join(DTYPE_WORDS)}")
-        return DTYPE_WORDS[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,99 +155,15 @@ class _Request:
 
     out: str | Path
     to: str
-    options: _Options
+    options: Options
     overwrite: bool
     dry_run: bool
-
-
-def _adapter_job(source: Source, detected: Detected, to: str, options: _Options) -> tuple[_Job, list[str]]:
-    alpha = options.exact_alpha
-    adapter = read_adapter(source, detected, alpha=alpha, strict=options.strict, nearest=options.nearest)
-    notices = _health_notices(source, adapter, options) + _left_behind(source, detected) + _nearest_notices(source)
-    plan = plan_adapter(adapter, dialect(to), detected.family, dtype=options.dtype_name, scale_in=options.scale_in)
-    proof = {
-        "alpha": alpha,
-        "every_consumer": to == "diffusers" and plan.factors[0].scale.source == "folded into up",
-        "dtype": options.dtype_name,
-    }
-    return _Job(plan, "", proof), notices
-
-
-def _health_notices(source: Source, adapter: Adapter, options: _Options) -> list[str]:
-    health = check_adapter(adapter)
-    notices = []
-    if health.nonfinite:
-        if not options.allow_nonfinite:
-            raise nonfinite_error(health.nonfinite, str(source.path))
-        notices.append(
-            f"{len(health.nonfinite)} factors hold NaN or Inf: {'; '.join(fold_names(health.nonfinite)[:4])}"
-        )
-    if len(health.zero_up) == len(adapter.factors):
-        notices.append("every up factor (lora_B) is zero: the adapter is untrained and does nothing")
-    elif health.zero_up:
-        notices.append(f"the up factor is zero, so these do nothing: {'; '.join(fold_names(health.zero_up)[:4])}")
-    return notices
-
-
-def _nearest_notices(source: Source) -> list[str]:
-    if len(source.ranks) == 1:
-        return []
-    gaps = ", ".join(f"{name} {gap:.2%}" for name, gap in sorted(rank_distances(list(source.ranks)).items()))
-    return [
-        f"this is the nearest single adapter to {len(source.ranks)} model-parallel ranks, and equals none of them;"
-        f" its delta is off from a rank's own by (worst layer): {gaps}"
-    ]
-
-
-def _left_behind(source: Source, detected: Detected) -> list[str]:
-    """Trained tensors that are no LoRA factor stay behind when the LoRA alone is converted: say so."""
-    trained = sorted((source.trained or frozenset()) - set(detected.ledger.factors))
-    trained = [name for name in trained if name in source.tensors]
-    if not trained:
-        return []
-    return [
-        f"{len(trained)} tensors were trained besides the LoRA and are not in it: {'; '.join(fold_names(trained)[:4])}"
-    ]
-
-
-def _base_job(source: Source, detected: Detected, options: _Options, limit: int, place: str) -> _Job:
-    bare = bare_tensors(source, detected)
-    inferred = infer_config(detected.family, bare, source.config)
-    config = inferred.values
-    check_positions(detected.family, bare, config, source.config is not None)
-    tensors = read_base(source, detected, config)
-    plan = plan_base(tensors, config, dialect("diffusers"), dtype=options.dtype_name, limit=limit)
-
-    def check() -> dict[str, str]:
-        made = {o.name: o.tensor for file in plan.files for o in file.outputs}
-        refuse_ruin(made)
-        bad, checksums = check_base(made)
-        if bad and not options.allow_nonfinite:
-            raise nonfinite_error(bad, str(source.path))
-        return checksums
-
-    if source.config is None and inferred.assumed:
-        plan = replace(plan, notices=(_assumed(source, inferred.assumed, options.strict),))
-    return _Job(plan, place, {"dtype": options.dtype_name}, check)
-
-
-def _assumed(source: Source, keys: tuple[str, ...], strict: bool) -> str:
-    """The notice that values of ``config.json`` are only the released models'; raises with ``strict``."""
-    text = f"no settings file was found, so these are the released models' values: {', '.join(keys)}"
-    if strict:
-        raise FormatError(
-            f"the model's configuration is not known: {text}",
-            where=printable(str(source.path)),
-            hint="put the run's training_config.yaml into its folder, or leave --strict out",
-            slug="config-unknown",
-        )
-    return text
 
 
 def _finish(
     source: Source,
     detected: Detected,
-    jobs: Sequence[_Job],
+    jobs: Sequence[Job],
     notices: list[str],
     request: _Request,
 ) -> ConvertResult:
@@ -298,7 +171,7 @@ def _finish(
     summary = summarise(source, detected, alpha=request.options.exact_alpha)
     plans = tuple(job.plan for job in jobs)
     said = tuple(
-        dict.fromkeys([*source.notices, *notices, *_unknown(detected), *(n for p in plans for n in p.notices)])
+        dict.fromkeys([*source.notices, *notices, *unknown_notices(detected), *(n for p in plans for n in p.notices)])
     )
     if request.dry_run:
         for job in jobs:
@@ -323,17 +196,11 @@ def _finish(
     return result
 
 
-def _unknown(detected: Detected) -> list[str]:
-    names = detected.ledger.unknown
-    shown = "; ".join(fold_names(names)[:4])
-    return [f"{len(names)} tensors are not understood and stay behind: {shown}"] if names else []
-
-
 def _proofs(
     source: Source,
     detected: Detected,
     folder: OutputFolder,
-    jobs: Sequence[_Job],
+    jobs: Sequence[Job],
     healthy: list[Future[dict[str, str]]],
 ) -> tuple[Proof, ...]:
     """The proof of every job; where one fails because the source itself is unsound, that is the error to show."""
@@ -345,7 +212,7 @@ def _proofs(
         raise
 
 
-def _write(folder: OutputFolder, job: _Job) -> Iterator[tuple[str, OutputFile]]:
+def _write(folder: OutputFolder, job: Job) -> Iterator[tuple[str, OutputFile]]:
     for planned in job.plan.files:
         with folder.file(job.place + planned.name, hashed=bool(job.plan.factors)) as file:
             tensors: dict[str, Lazy] = {o.name: o.tensor for o in planned.outputs}
@@ -364,7 +231,7 @@ def _write_text(folder: OutputFolder, name: str, text: str) -> OutputFile:
     return file
 
 
-def _prove(source: Source, detected: Detected, folder: OutputFolder, job: _Job) -> Proof:
+def _prove(source: Source, detected: Detected, folder: OutputFolder, job: Job) -> Proof:
     proof = prove_written(
         folder.path / job.place,
         kind=job.plan.dialect.name if job.plan.factors else "base",
@@ -408,7 +275,7 @@ def _planned(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def _manifest(result: ConvertResult, options: _Options) -> str:
+def _manifest(result: ConvertResult, options: Options) -> str:
     """``loraconv.json``: everything about this conversion except where it ran, so that its bytes are the same again."""
     import numpy
 

@@ -70,9 +70,17 @@ def conversion(result: ConvertResult) -> str:
         for file in result.files
         if not file.name.endswith((".json", ".yaml", "latest"))
     ]
+    adapter = result.source.adapter
+    if adapter is not None and any(p.subject == "adapter" for p in result.proofs):
+        lines.append(f"lora    {_strength(adapter)}; layers {adapter.layers}")
     lines += [f"proof   {proof(p)}" for p in result.proofs]
     lines.append(f"next    {next_step(result)}")
     return "\n".join(lines)
+
+
+def _strength(adapter: AdapterFacts) -> str:
+    rank, alpha, scale = (", ".join(map(str, x)) for x in (adapter.ranks, adapter.alphas, adapter.scales))
+    return f"rank {rank}, alpha {alpha} (from {', '.join(adapter.alpha_sources)}), scale {scale}"
 
 
 def proof(result: Proof) -> str:
