@@ -55,7 +55,7 @@ def adapter(sat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_commands_are_the_documented_ones() -> None:
-    assert EVERY == ["convert", "demo", "formats", "inspect", "sat2diffusers"]
+    assert EVERY == ["convert", "demo", "formats", "inspect", "sat2diffusers", "verify"]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], *([name, "--help"] for name in EVERY)], ids=" ".join)
@@ -216,7 +216,7 @@ def test_the_result_goes_to_stdout_and_notices_go_to_stderr(cli: Cli, tmp_path: 
     bare = tiny_run(tmp_path, yaml=False)
     done = cli(*argv("sat2diffusers", bare, tmp_path / "out"))
     assert done.code == 0
-    assert [line.split()[0] for line in done.out.splitlines()] == ["wrote", "proof", "next"]
+    assert [line.split()[0] for line in done.out.splitlines()] == ["wrote", "lora", "proof", "next"]
     assert done.err.splitlines()
     assert all(line.startswith("notice: ") for line in done.err.splitlines())
     assert "--alpha" in done.err

@@ -33,7 +33,7 @@ ACME = Dialect(
 
 
 def oracle(ranks, metadata, settings, alpha):
-    from loraconv.verify.numbers import Pair
+    from loraconv.verifier.numbers import Pair
 
     pairs = {}
     for name, ref in ranks[0].items():

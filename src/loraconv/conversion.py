@@ -28,8 +28,8 @@ from loraconv.plan import Plan, ScaleIn
 from loraconv.plan_base import parse_size
 from loraconv.registry import dialect
 from loraconv.source import Source, open_source
-from loraconv.verify.check import prove_written
-from loraconv.verify.proof import Proof
+from loraconv.verifier.check import prove_written
+from loraconv.verifier.proof import Proof
 
 What = Literal["lora", "base", "all"]
 

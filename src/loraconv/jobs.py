@@ -16,12 +16,12 @@ from loraconv.fold import refuse_ruin
 from loraconv.health import check_adapter, check_base, nonfinite_error
 from loraconv.model_config import check_positions, infer_config
 from loraconv.names import DTYPE_WORDS, fold_names, printable
-from loraconv.plan import Plan, ScaleIn, plan_adapter
+from loraconv.plan import Plan, ScaleIn, folds, plan_adapter
 from loraconv.plan_base import plan_base
 from loraconv.registry import dialect
 from loraconv.scale import given_alpha
 from loraconv.source import Source
-from loraconv.verify.oracles import rank_distances
+from loraconv.verifier.oracles import rank_distances
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,11 @@ def adapter_job(source: Source, detected: Detected, to: str, options: Options) -
     alpha = options.exact_alpha
     adapter = read_adapter(source, detected, alpha=alpha, strict=options.strict, nearest=options.nearest)
     notices = _health_notices(source, adapter, options) + _left_behind(source, detected) + _nearest_notices(source)
-    plan = plan_adapter(adapter, dialect(to), detected.family, dtype=options.dtype_name, scale_in=options.scale_in)
+    target = dialect(to)
+    plan = plan_adapter(adapter, target, detected.family, dtype=options.dtype_name, scale_in=options.scale_in)
     proof = {
         "alpha": alpha,
-        "every_consumer": to == "diffusers" and plan.factors[0].scale.source == "folded into up",
+        "every_consumer": not target.every_consumer_reads_alpha and folds(adapter.factors, options.scale_in),
         "dtype": options.dtype_name,
     }
     return Job(plan, "", proof), notices

@@ -99,10 +99,7 @@ def _place_scale(
     factors: tuple[Factor, ...], scale_in: ScaleIn, dtype: str | None
 ) -> tuple[tuple[Factor, ...], list[str]]:
     """The factors of a file that some consumers read at scale 1: the scale goes into ``up``, or into the header."""
-    if scale_in == "auto":
-        in_header = any(f.origin is not None and f.origin.place == "header" for f in factors)
-        scale_in = "metadata" if in_header else "fold"
-    if scale_in == "metadata":
+    if not folds(factors, scale_in):
         kept = tuple(replace(f, origin=_origin(f, "header")) for f in factors)
         unread = any(f.scale.exact != 1 for f in factors)
         note = "the scale is in the header only: diffusers before 0.34 and ComfyUI will apply this LoRA at strength 1"
@@ -122,6 +119,13 @@ def _place_scale(
             " rounded once in F32; --scale-in metadata keeps every bit"
         )
     return wide, said
+
+
+def folds(factors: tuple[Factor, ...], scale_in: ScaleIn) -> bool:
+    """True if a file that some consumers read at scale 1 shall have the scale in ``up``: asked for, or by default unless
+    the adapter comes from a diffusers file that had it in its header."""
+    in_header = any(f.origin is not None and f.origin.place == "header" for f in factors)
+    return scale_in == "fold" or (scale_in == "auto" and not in_header)
 
 
 def _widened(factor: Factor) -> Factor:

@@ -309,6 +309,8 @@ class OutputFile:
         _start_writeback(self._fd, self._flushed, self.size - self._flushed)
 
     def _sync(self) -> None:
+        if self._hash:
+            self._hash.finish()  # the digest is asked for after the folder is in place, too
         with reported(self._final, self._needed):
             os.fsync(self._fd)
             self._close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
     from loraconv.demonstration import DemoResult
     from loraconv.describe import AdapterFacts, Summary
     from loraconv.errors import LoraconvError
-    from loraconv.verify.proof import Proof
+    from loraconv.verification import VerifyResult
+    from loraconv.verifier.delta import ModuleResult
+    from loraconv.verifier.proof import Proof
 
 _LABEL = 12
 
@@ -129,6 +132,33 @@ def demonstration(result: DemoResult) -> str:
             _line("verdict", verdict),
         ]
     )
+
+
+def verification(result: VerifyResult) -> str:
+    """The text of ``loraconv verify``: the verdict, the modules folded by projection, and why they differ."""
+    lines = [f"  {file.name}: {file.difference or 'as it was written'}" for file in result.files]
+    groups: dict[str, list[ModuleResult]] = {}
+    for module in result.modules:
+        groups.setdefault(re.sub(r"\.\d+\.", ".{}.", module.module, count=1), []).append(module)
+    for name, modules in groups.items():
+        apart = [m for m in modules if not m.equal]
+        how = "equal number for number"
+        if apart:
+            worst = max(apart, key=lambda m: m.error - m.bound)
+            how = f"relative error up to {worst.error:.1e}, allowed {worst.bound:.1e}"
+        good = sum(m.same for m in modules)
+        lines.append(f"  {printable(name)}: {good}/{len(modules)} the same; {how}")
+    for finding in result.findings:
+        lines += [f"why     {finding.sentence}", f"mend    {finding.mend}"]
+    return "\n".join([f"verdict {_verdict(result)}", *lines])
+
+
+def _verdict(result: VerifyResult) -> str:
+    if result.files:
+        return "unchanged since it was converted" if result.same else "CHANGED since it was converted"
+    if not result.same:
+        return "NOT the same adapter"
+    return "the same adapter" + (f", within the bound given ({result.bound:g})" if result.bound is not None else "")
 
 
 def plan(result: ConvertResult) -> str:

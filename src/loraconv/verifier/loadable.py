@@ -13,7 +13,7 @@ from typing import Any
 from loraconv.errors import ProofFailed
 from loraconv.lazy import TensorRef
 from loraconv.names import printable
-from loraconv.verify.oracles import by_pattern, header_config, sat_setting
+from loraconv.verifier.oracles import by_pattern, header_config, sat_setting
 
 Tensors = Mapping[str, TensorRef]
 #: What ``load_lora_weights``, ``PeftModel.from_pretrained`` and SAT's ``load_checkpoint`` open. SAT's is in a folder

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-from loraconv.verify.numbers import Expectation, Held, Pair, Tensor, coarse, values
-from loraconv.verify.proof import Control
+from loraconv.verifier.numbers import Expectation, Held, Pair, Tensor, coarse, values
+from loraconv.verifier.proof import Control
 
 Pairs = Mapping[str, Pair]
 Judge = Callable[[Expectation, Pairs], str]

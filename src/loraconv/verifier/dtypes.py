@@ -11,10 +11,10 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from loraconv.lazy import decode, encode
-from loraconv.verify.numbers import Pair, Tensor, same_numbers, values
+from loraconv.verifier.numbers import Pair, Tensor, same_numbers, values
 
 if TYPE_CHECKING:
-    from loraconv.verify.numbers import Array
+    from loraconv.verifier.numbers import Array
 
 Pairs = Mapping[str, Pair]
 Dtypes = dict[str, tuple[str, str]]

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from loraconv.lazy import TensorRef, read
-from loraconv.verify.numbers import HALF_ULP
+from loraconv.verifier.numbers import HALF_ULP
 
 if TYPE_CHECKING:
     import numpy as np

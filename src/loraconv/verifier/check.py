@@ -16,14 +16,14 @@ from loraconv.io.safetensors_read import read_safetensors
 from loraconv.io.torch_read import read_torch, sniff
 from loraconv.lazy import TensorRef
 from loraconv.names import printable
-from loraconv.verify.adapter import prove_adapter
-from loraconv.verify.base import prove_base
-from loraconv.verify.dtypes import expected_dtypes
-from loraconv.verify.loadable import SETTINGS_FILES, adapter_file, check_base_files, check_torch, check_written
-from loraconv.verify.numbers import Expectation, Pair
-from loraconv.verify.oracles import ORACLES, pairs_of, yaml_settings
-from loraconv.verify.origin import check_origin, record, recorded_dtypes, source_record
-from loraconv.verify.proof import Check, Proof
+from loraconv.verifier.adapter import prove_adapter
+from loraconv.verifier.base import prove_base
+from loraconv.verifier.dtypes import expected_dtypes
+from loraconv.verifier.loadable import SETTINGS_FILES, adapter_file, check_base_files, check_torch, check_written
+from loraconv.verifier.numbers import Expectation, Pair
+from loraconv.verifier.oracles import ORACLES, pairs_of, yaml_settings
+from loraconv.verifier.origin import check_origin, record, recorded_dtypes, source_record
+from loraconv.verifier.proof import Check, Proof
 
 
 class Checkpoint(Protocol):

@@ -11,7 +11,7 @@ from typing import Any
 
 from loraconv.lazy import TensorRef
 from loraconv.names import numel, printable
-from loraconv.verify.proof import Check
+from loraconv.verifier.proof import Check
 
 DIT = "model.diffusion_model."
 POSITIONS = DIT + "mixins.pos_embed.pos_embedding"

@@ -9,8 +9,8 @@ from fractions import Fraction
 from typing import Any
 
 from loraconv.names import FLOAT_DTYPES, fold_names
-from loraconv.verify.numbers import Pair
-from loraconv.verify.proof import Check
+from loraconv.verifier.numbers import Pair
+from loraconv.verifier.proof import Check
 
 Record = Mapping[str, Any]
 

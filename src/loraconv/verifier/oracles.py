@@ -18,7 +18,7 @@ import yaml
 from loraconv.errors import FormatError, ProofFailed
 from loraconv.lazy import TensorRef, read
 from loraconv.names import printable
-from loraconv.verify.numbers import Held, Pair, difference_norm, product_norm, values
+from loraconv.verifier.numbers import Held, Pair, difference_norm, product_norm, values
 
 _SAT_FACTOR = re.compile(
     r"model\.diffusion_model\.transformer\.layers\.(\d+)\.attention\.(query_key_value|dense)\.matrix_([AB])\.(\d+)"
@@ -243,7 +243,7 @@ def oracle_of(kind: str) -> Oracle:
     raise FormatError(
         f"the format {printable(kind)} has no oracle, so nothing could prove that its output is right",
         why=f"no oracle in loraconv, no entry point {printable(kind)} in the group {_GROUP}",
-        hint="add one as CONTRIBUTING.md says, step 4: a function like those in loraconv.verify.oracles",
+        hint="add one as CONTRIBUTING.md says, step 4: a function like those in loraconv.verifier.oracles",
         slug="no-oracle",
     )
 

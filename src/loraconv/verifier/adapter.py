@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from loraconv.names import fold_names
-from loraconv.verify.controls import adapter_controls
-from loraconv.verify.numbers import Expectation, Held, Pair, compare, relative_error, same_bytes
-from loraconv.verify.proof import Check, Proof
+from loraconv.verifier.controls import adapter_controls
+from loraconv.verifier.numbers import Expectation, Held, Pair, compare, relative_error, same_bytes
+from loraconv.verifier.proof import Check, Proof
 
 Pairs = Mapping[str, Pair]
 

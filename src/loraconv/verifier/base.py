@@ -11,11 +11,11 @@ from typing import Any
 
 from loraconv.lazy import Joined, Lazy, TensorRef, Viewed
 from loraconv.names import fold_names
-from loraconv.verify.config import DIT, POSITIONS, Settings, check_config, expected_config, is_rotary
-from loraconv.verify.coverage import check_coverage
-from loraconv.verify.numbers import Held, Pair, Tensor, coarse, compare, same_bytes, same_numbers, values
-from loraconv.verify.positions import agrees
-from loraconv.verify.proof import Check, Control, Proof
+from loraconv.verifier.config import DIT, POSITIONS, Settings, check_config, expected_config, is_rotary
+from loraconv.verifier.coverage import check_coverage
+from loraconv.verifier.numbers import Held, Pair, Tensor, coarse, compare, same_bytes, same_numbers, values
+from loraconv.verifier.positions import agrees
+from loraconv.verifier.proof import Check, Control, Proof
 
 Tensors = Mapping[str, TensorRef]
 _LAYER = DIT + "transformer.layers."

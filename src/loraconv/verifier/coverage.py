@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 
 from loraconv.lazy import Lazy, TensorRef
 from loraconv.names import fold_names, numel
-from loraconv.verify.config import DIT, POSITIONS, is_rotary
-from loraconv.verify.numbers import same_bytes
-from loraconv.verify.oracles import is_sat_factor
-from loraconv.verify.proof import Check
+from loraconv.verifier.config import DIT, POSITIONS, is_rotary
+from loraconv.verifier.numbers import same_bytes
+from loraconv.verifier.oracles import is_sat_factor
+from loraconv.verifier.proof import Check
 
 Tensors = Mapping[str, TensorRef]
 _COMPUTED = (
