@@ -68,9 +68,10 @@ def lora_tensor(name: str, shape: tuple[int, ...], noise: torch.Generator) -> to
     return torch.randn(shape, generator=noise) * 1e-3
 
 
-def small_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    fill = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-    return torch.full(shape, fill, dtype=dtype)
+def small_tensor(name: str, shape: tuple[int, ...], noise: torch.Generator) -> torch.Tensor:
+    """Biases and norms as training leaves them: near zero and near one, but neither."""
+    mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+    return mean + torch.randn(shape, generator=noise) * 0.02
 
 
 def make_module(spec: sat_run.RunSpec) -> sat_run.State:
@@ -84,7 +85,7 @@ def make_module(spec: sat_run.RunSpec) -> sat_run.State:
         elif name.endswith("pos_embed.pos_embedding"):
             module[name] = sat_run.position_table(spec).to(spec.dtype)
         elif len(shape) == 1:
-            module[name] = small_tensor(name, shape, spec.dtype)
+            module[name] = small_tensor(name, shape, noise).to(spec.dtype)
         else:
             module[name] = pool.take(shape)
     module[sat_run.TIED] = module[sat_run.SHARED]

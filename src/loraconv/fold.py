@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from loraconv.errors import FormatError
-from loraconv.lazy import Lazy, Scaled, decode, encode
+from loraconv.lazy import Lazy, Scaled, decode, encode, times
 from loraconv.names import ROUNDING, fold_names
 
 _WIDER = {("F16", "F32"), ("F16", "F64"), ("BF16", "F32"), ("BF16", "F64"), ("F32", "F64")}
@@ -79,7 +79,7 @@ def _piece_fits(piece: bytes, own: str, factor: Fraction, dtype: str, back: Frac
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
-        product: Any = decode(piece, own) * float(factor)
+        product: Any = times(piece, own, float(factor))
         stored = encode(product, dtype)
         if back is not None:
             return encode(decode(stored, dtype) * float(back), own) == piece

@@ -6,16 +6,19 @@ This is the one pass that reads every source byte before anything is written.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loraconv.adapter import Adapter
 from loraconv.errors import CorruptCheckpoint
+from loraconv.io.crc import combine
+from loraconv.io.input_file import InputFile
 from loraconv.lazy import PIECE_BYTES, Lazy, TensorRef, nbytes, spans
 from loraconv.names import fold_names, printable
 
-#: The bits of an exponent that is all ones (Inf or NaN), by dtype: (integer type, mask).
-_EXPONENT = {
+#: dtype -> (unsigned integer of its size, bits of positive infinity). NaN and infinity are the integers from there on,
+#: and from there on with the sign bit set.
+_INFINITY = {
     "F16":  ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
     "F32":  ("<u4", 0x7F800000),
@@ -56,35 +59,50 @@ def _nonfinite(tensors: Mapping[str, Lazy]) -> list[str]:
 def check_base(tensors: Mapping[str, Lazy]) -> tuple[list[str], dict[str, str]]:
     """``(names with NaN or Inf, name -> CRC-32 in hexadecimal)`` of a base model's tensors as they are written.
 
-    A tensor that is a whole storage is compared with the container's own CRC-32 on the way; storages that are cut up
-    (q, k and v in one) are read once more for that. Raises :class:`CorruptCheckpoint` where they differ.
+    Each byte is read once. The CRC-32 of a storage that is cut up (q, k and v in one) follows from those of its parts;
+    it is compared with the container's own. Raises :class:`CorruptCheckpoint` where they differ.
     """
-    bad, checksums, seen = [], {}, set()
+    bad, checksums = [], {}
+    parts: dict[Storage, dict[int, tuple[int, int]]] = {}
     for name, tensor in tensors.items():
         crc, finite = 0, True
-        for piece in tensor.pieces():
-            crc = zlib.crc32(piece, crc)
-            finite = finite and _all_finite(piece, tensor.dtype)
+        pieces: Sequence[Lazy] = spans(tensor) or [tensor]
+        for span in pieces:
+            own, fine = _look_at(span)
+            crc = combine(crc, own, nbytes(span))
+            finite = finite and fine
+            if isinstance(span, TensorRef) and span.strides is None:
+                parts.setdefault((span.file, span.storage), {})[span.offset] = nbytes(span), own
         checksums[name] = f"{crc:08x}"
         if not finite:
             bad.append(name)
-        leaf = _whole_storage(tensor)
-        if leaf is not None:
-            seen.add((id(leaf.file), leaf.storage))
-            _compare(leaf, crc)
-    cut = {(id(leaf.file), leaf.storage): leaf for tensor in tensors.values() for leaf in tensor.leaves()}
-    for key, leaf in cut.items():
-        if key not in seen:
-            _compare(leaf, _storage_crc(leaf))
+    leaves = {(leaf.file, leaf.storage): leaf for tensor in tensors.values() for leaf in tensor.leaves()}
+    for storage, leaf in leaves.items():
+        whole = _joined(parts.get(storage, {}), *leaf.storage)
+        _compare(leaf, _storage_crc(leaf) if whole is None else whole)
     return bad, checksums
 
 
-def _whole_storage(tensor: Lazy) -> TensorRef | None:
-    """The storage whose bytes are this tensor's, all of them and in order; None if there is none."""
-    parts = spans(tensor)
-    if parts is None or len(parts) != 1:
-        return None
-    return parts[0] if parts[0].storage == (parts[0].offset, nbytes(parts[0])) else None
+Storage = tuple[InputFile, tuple[int, int]]
+
+
+def _look_at(tensor: Lazy) -> tuple[int, bool]:
+    """``(CRC-32, all finite)`` of a tensor's bytes."""
+    crc, finite = 0, True
+    for piece in tensor.pieces():
+        crc = zlib.crc32(piece, crc)
+        finite = finite and _all_finite(piece, tensor.dtype)
+    return crc, finite
+
+
+def _joined(parts: Mapping[int, tuple[int, int]], start: int, length: int) -> int | None:
+    """The CRC-32 of a storage out of its parts, offset -> (bytes, CRC-32); None where they do not cover it."""
+    crc, at = 0, start
+    for offset, (size, own) in sorted(parts.items()):
+        if offset != at:
+            return None
+        crc, at = combine(crc, own, size), at + size
+    return crc if at == start + length else None
 
 
 def _storage_crc(leaf: TensorRef) -> int:
@@ -118,10 +136,15 @@ def _storage_is_finite(leaf: TensorRef) -> bool:
 
 
 def _all_finite(piece: bytes, dtype: str) -> bool:
+    """Two maxima and no temporary array: as unsigned numbers the negative ones are greatest, as signed the positive."""
     import numpy as np
 
-    integer, mask = _EXPONENT[dtype]
-    return not bool(np.any((np.frombuffer(piece, dtype=integer) & mask) == mask))
+    if not piece:
+        return True
+    integer, infinity = _INFINITY[dtype]
+    bits = np.frombuffer(piece, dtype=integer)
+    sign = 1 << (bits.itemsize * 8 - 1)
+    return int(bits.max()) < sign + infinity and int(bits.view(integer.replace("u", "i")).max()) < infinity
 
 
 def is_finite(tensor: Lazy) -> bool:
@@ -133,7 +156,7 @@ def is_zero(tensor: Lazy) -> bool:
     """True if every element is zero, of either sign."""
     import numpy as np
 
-    integer = _EXPONENT[tensor.dtype][0]
+    integer = _INFINITY[tensor.dtype][0]
     sign = np.array(1 << (np.dtype(integer).itemsize * 8 - 1), dtype=integer)
     return all(not bool(np.any(np.frombuffer(piece, dtype=integer) & ~sign)) for piece in tensor.pieces())
 

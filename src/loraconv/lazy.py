@@ -7,6 +7,7 @@ numpy is imported only when numbers have to be looked at.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -177,7 +178,7 @@ class Scaled:
 
     def pieces(self) -> Iterator[bytes]:
         for piece in self.source.pieces():
-            yield encode(decode(piece, self.source.dtype) * self.factor, self.dtype)
+            yield encode(times(piece, self.source.dtype, self.factor), self.dtype)
 
     def leaves(self) -> Iterator[TensorRef]:
         yield from self.source.leaves()
@@ -224,8 +225,24 @@ def decode(raw: bytes, dtype: str) -> np.ndarray[Any, Any]:
     return np.frombuffer(raw, dtype={"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).astype(np.float64)
 
 
+def times(raw: bytes, dtype: str, factor: float) -> np.ndarray[Any, Any]:
+    """Bytes of a floating dtype times ``factor``: the float64 product, or the same numbers in float32 where those are
+    exact (16-bit numbers times a power of two), which takes half the time."""
+    import numpy as np
+
+    if dtype not in ("F16", "BF16") or math.frexp(factor)[0] not in (0.5, -0.5) or not 2.0**-64 < abs(factor) < 2.0**64:
+        return decode(raw, dtype) * factor
+    if dtype == "F16":
+        return np.frombuffer(raw, dtype="<f2").astype(np.float32) * np.float32(factor)
+    bits = np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16
+    exponents = bits & 0x7F800000
+    if factor != 1.0 and bool(np.any((exponents < 65 << 23) & (bits & 0x7FFFFFFF > 0) | (exponents > 189 << 23))):
+        return decode(raw, dtype) * factor  # near the ends of bfloat16's range, float32 would round or overflow
+    return bits.view(np.float32) * np.float32(factor)
+
+
 def encode(values: np.ndarray[Any, Any], dtype: str) -> bytes:
-    """Float64 values as bytes of ``dtype``, rounded once, to nearest, ties to even; NaN stays NaN."""
+    """Float64 (or float32) values as bytes of ``dtype``, rounded once, to nearest, ties to even; NaN stays NaN."""
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):

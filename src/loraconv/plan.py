@@ -122,8 +122,8 @@ def _place_scale(
 
 
 def folds(factors: tuple[Factor, ...], scale_in: ScaleIn) -> bool:
-    """True if a file that some consumers read at scale 1 shall have the scale in ``up``: asked for, or by default unless
-    the adapter comes from a diffusers file that had it in its header."""
+    """True if a file that some consumers read at scale 1 shall have the scale in ``up``: where that was asked for, and
+    by default unless the adapter comes from a diffusers file that had it in its header."""
     in_header = any(f.origin is not None and f.origin.place == "header" for f in factors)
     return scale_in == "fold" or (scale_in == "auto" and not in_header)
 
