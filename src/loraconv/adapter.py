@@ -18,7 +18,7 @@ from loraconv.names import FLOAT_DTYPES, fold_names, printable, quoted
 from loraconv.ranks import mixed, of_rank, refuse_copies, same_in_all, split_dim
 from loraconv.rules import Fused, Rename, fill
 from loraconv.scale import Origin, Scale, find_scales, origins
-from loraconv.source import Source
+from loraconv.source import Source, refuse_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +93,8 @@ def read_adapter(
 
 
 def _refuse_what_is_none(source: Source, detected: Detected) -> None:
+    refuse_parts(source)
     where = printable(str(source.path))
-    if source.incomplete:
-        raise FormatError(
-            f"{where} holds only a part of each tensor",
-            where=", ".join(fold_names(source.incomplete)[:3]),
-            why="ZeRO-3 with more than one data-parallel rank saves rank 0's part and loses the others",
-            hint="train or save again with ZeRO stage 2 (deepspeed.zero_optimization.stage in the YAML)",
-            slug="zero3-partial",
-        )
     if not detected.has_factors:
         trained = f"the trainer lists {len(source.trained)} trained tensors; " if source.trained else ""
         training = bool(source.extras or detected.ledger.foreign)

@@ -11,7 +11,7 @@ from loraconv.lazy import Lazy, TensorRef, Viewed
 from loraconv.names import FLOAT_DTYPES, fold_names, printable, quoted
 from loraconv.ranks import join, merge, of_rank, same_in_all, split_dim
 from loraconv.rules import Fused, Kernel, Regrouped, Rename, Rule, fill
-from loraconv.source import Source
+from loraconv.source import Source, refuse_parts
 
 
 def bare_tensors(source: Source, detected: Detected) -> dict[str, TensorRef]:
@@ -45,15 +45,8 @@ def read_base(source: Source, detected: Detected, config: dict[str, Any]) -> dic
 
 
 def _refuse(source: Source, detected: Detected) -> None:
+    refuse_parts(source)
     where = printable(str(source.path))
-    if source.incomplete:
-        raise FormatError(
-            f"{where} holds only a part of each tensor",
-            where=", ".join(fold_names(source.incomplete)[:3]),
-            why="ZeRO-3 with more than one data-parallel rank saves rank 0's part and loses the others",
-            hint="train or save again with ZeRO stage 2 (deepspeed.zero_optimization.stage in the YAML)",
-            slug="zero3-partial",
-        )
     if detected.spelling is None or not detected.ledger.base:
         raise FormatError(
             f"{where} holds no base model to convert",

@@ -73,6 +73,11 @@ def _fields(template: str) -> set[str]:
     return set(_FIELD.findall(template))
 
 
+def _check_fields(there: str, here: str) -> None:
+    if _fields(there) != _fields(here):
+        raise ValueError(f"{there} and {here} do not have the same fields")
+
+
 def _overlap(one: str, other: str) -> bool:
     """True if some name fits both templates: step by step they are equal, or a number field meets a number."""
     steps, others = one.split("."), other.split(".")
@@ -102,8 +107,7 @@ class Rename:
     params: tuple[str, ...] = ("weight", "bias")
 
     def __post_init__(self) -> None:
-        if _fields(self.there) != _fields(self.here):
-            raise ValueError(f"{self.there} and {self.here} do not have the same fields")
+        _check_fields(self.there, self.here)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -168,8 +172,7 @@ class Kernel:
     flat_if: str
 
     def __post_init__(self) -> None:
-        if _fields(self.there) != _fields(self.here):
-            raise ValueError(f"{self.there} and {self.here} do not have the same fields")
+        _check_fields(self.there, self.here)
 
     @property
     def targets(self) -> tuple[str, ...]:

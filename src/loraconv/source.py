@@ -18,7 +18,7 @@ from loraconv.io.input_file import InputFile
 from loraconv.io.run_folder import RunFiles, check_ranks, find_run
 from loraconv.io.torch_pickle import Opaque
 from loraconv.lazy import TensorRef, nbytes
-from loraconv.names import numel, printable, quoted
+from loraconv.names import fold_names, numel, printable, quoted
 from loraconv.registry import dialects
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -84,6 +84,18 @@ def open_source(path: str | Path) -> Iterator[Source]:
     path = Path(path)
     with ExitStack() as stack:
         yield _open_folder(path, stack) if path.is_dir() else _open_file(path, stack)
+
+
+def refuse_parts(source: Source) -> None:
+    """Raise :class:`FormatError` for a checkpoint that holds only a part of each tensor."""
+    if source.incomplete:
+        raise FormatError(
+            f"{printable(str(source.path))} holds only a part of each tensor",
+            where=", ".join(fold_names(source.incomplete)[:3]),
+            why="ZeRO-3 with more than one data-parallel rank saves rank 0's part and loses the others",
+            hint="train or save again with ZeRO stage 2 (deepspeed.zero_optimization.stage in the YAML)",
+            slug="zero3-partial",
+        )
 
 
 def _open_folder(path: Path, stack: ExitStack) -> Source:
