@@ -23,6 +23,9 @@ class _Stopped(BaseException):
     """SIGINT or SIGTERM, as an exception, so that temporary files are removed on the way out."""
 
 
+#: The commands that go through gigabytes.
+_HEAVY = {"convert", "sat2diffusers", "verify"}
+
 #: The signals that stop a command: exit code and word.
 _SIGNALS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
 _received: list[int] = []
@@ -35,7 +38,12 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in _HEAVY:
+        from loraconv.cli.allocator import keep_freed_memory
+
+        keep_freed_memory()
+    sys.exit(run(words))
 
 
 def run(argv: list[str]) -> int:

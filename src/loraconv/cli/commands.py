@@ -110,10 +110,8 @@ def inspect(src: str, alpha: float | None, verbose: bool, as_json: bool, quiet: 
 @_output_options
 def sat2diffusers(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Convert a SAT run (folder or .pt) to what diffusers loads at the trained strength."""
-    from loraconv.cli.allocator import keep_freed_memory
     from loraconv.conversion import sat2diffusers as run
 
-    keep_freed_memory()
     _converted(run(**options), as_json, quiet)
 
 
@@ -125,10 +123,8 @@ def sat2diffusers(as_json: bool, quiet: bool, debug: bool, **options: Any) -> No
 @_output_options
 def convert(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Convert an adapter from any known format to any other."""
-    from loraconv.cli.allocator import keep_freed_memory
     from loraconv.conversion import convert as run
 
-    keep_freed_memory()
     _converted(run(**options), as_json, quiet)
 
 
@@ -151,11 +147,9 @@ def verify(
 
     Exits with 0 if they are the same, 5 if not, 3 if they cannot be compared.
     """
-    from loraconv.cli.allocator import keep_freed_memory
     from loraconv.report import text
     from loraconv.verification import verify as run
 
-    keep_freed_memory()
     result = run(one, other, alpha=alpha, bound=bound)
     _say(text.verification(result), result.to_dict(), as_json, quiet)
     return 0 if result.same else 5
