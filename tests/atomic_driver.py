@@ -77,6 +77,8 @@ def main(options: dict[str, Any]) -> int:
         return 130
     except Terminated:
         return 143
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the work is over: a late signal just ends the process
     return 0
 
 

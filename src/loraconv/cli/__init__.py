@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         from loraconv.cli.allocator import keep_freed_memory
 
         keep_freed_memory()
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)  # before and after the command, a signal just ends the process
     sys.exit(run(words))
 
 
@@ -50,8 +52,15 @@ def run(argv: list[str]) -> int:
     """Run one command line and return its exit code."""
     as_json = "--json" in argv
     _received.clear()
-    for number in _SIGNALS:
-        signal.signal(number, _stop)
+    before = {number: signal.signal(number, _stop) for number in _SIGNALS}
+    try:
+        return _run(argv, as_json)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(argv: list[str], as_json: bool) -> int:
     try:
         code = root.main(argv, prog_name="loraconv", standalone_mode=False)
         return code if isinstance(code, int) else 0
