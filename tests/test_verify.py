@@ -108,6 +108,21 @@ def test_a_wrong_adapter_is_told_apart_and_explained(tmp_path: Path, mistake: st
     assert cli(["verify", str(right), str(wrong)]) == 5
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_none_give_plain_json_and_no_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder, bad: float
+) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    right = write(tmp_path / "a.safetensors", factors())
+    wrong = write(tmp_path / "b.safetensors", ups(factors(), lambda x: np.where(x == x.flat[0], bad, x)))
+    for pair in ((right, wrong), (wrong, right), (wrong, wrong)):
+        cli(["verify", *map(str, pair), "--json"])
+        json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert not recwarn.list
+
+
 def test_alpha_ignored_is_called_so(tmp_path: Path) -> None:
     right = write(tmp_path / "a.safetensors", factors(), alpha=1, rank=4)
     wrong = write(tmp_path / "b.safetensors", factors(), alpha=RANK)

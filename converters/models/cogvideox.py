@@ -157,31 +157,26 @@ COGVIDEOX = Family(
             "CogVideoX1.5-5B-I2V",
             {"patch_size_t": 2, "in_channels": 32},
             {"num_layers": 42, "num_attention_heads": 48},
-            "THUDM/CogVideoX1.5-5B-I2V",
         ),
         Release(
             "CogVideoX1.5-5B",
             {"patch_size_t": 2, "in_channels": 16},
             {"num_layers": 42, "num_attention_heads": 48},
-            "THUDM/CogVideoX1.5-5B",
         ),
         Release(
             "CogVideoX-5B-I2V",
             {"patch_size_t": None, "in_channels": 32},
             {"num_layers": 42, "num_attention_heads": 48},
-            "THUDM/CogVideoX-5b-I2V",
         ),
         Release(
             "CogVideoX-5B",
             {"patch_size_t": None, "in_channels": 16, "use_rotary_positional_embeddings": True},
             {"num_layers": 42, "num_attention_heads": 48},
-            "THUDM/CogVideoX-5b",
         ),
         Release(
             "CogVideoX-2B",
             {"patch_size_t": None, "in_channels": 16, "use_rotary_positional_embeddings": False},
             {"num_layers": 30, "num_attention_heads": 30},
-            "THUDM/CogVideoX-2b",
         ),
     ),
 )

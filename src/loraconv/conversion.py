@@ -98,7 +98,11 @@ def convert(
     a mere convention for alpha; ``nearest`` accepts a model-parallel adapter; ``allow_nonfinite`` accepts NaN and Inf;
     ``overwrite`` replaces an earlier output of loraconv; ``dry_run`` writes nothing.
 
-    Raises the errors of ``loraconv.errors``; on any of them ``out`` is as it was.
+    Raises :class:`UsageError` (no such file, a senseless option, an output inside an input), :class:`FormatError`
+    (unknown, ambiguous, unsupported, alpha or rank missing or contradictory), :class:`CorruptCheckpoint` and
+    :class:`UnsafeCheckpoint` (damage, NaN, anything executable), :class:`ProofFailed`, and :class:`WriteFailed`. On all
+    of them ``out`` is as it was, except a WriteFailed of the slugs ``durability-unknown`` and ``old-remains``: then the
+    new output is in place.
     """
     target = dialect(to)
     options = Options(alpha, dtype, scale_in, strict, nearest, allow_nonfinite)
@@ -127,7 +131,8 @@ def sat2diffusers(
 
     ``what`` is ``lora`` (a file that diffusers loads at the trained strength), ``base`` (a diffusers transformer
     folder, sharded at ``max_shard_size``) or ``all`` (both, the base in ``transformer/``). The other options are those
-    of :func:`convert`; ``alpha``, ``scale_in``, ``strict`` and ``nearest`` concern the LoRA only.
+    of :func:`convert`; ``alpha``, ``scale_in`` and ``nearest`` concern the LoRA only, and ``strict`` also refuses a
+    base whose sample size no settings file tells. Raises what :func:`convert` raises.
     """
     options = Options(alpha, dtype, scale_in, strict, nearest, allow_nonfinite)
     limit = parse_size(max_shard_size)

@@ -78,7 +78,7 @@ class TensorRef:
         return replace(self, shape=(stop - start, *self.shape[1:]), offset=offset)
 
     def pieces(self) -> Iterator[bytes]:
-        """The tensor's bytes in row-major order, at most 4 MiB at a time (a strided view: all at once)."""
+        """The tensor's bytes in row-major order, ``PIECE_BYTES`` at a time (a strided view: all at once)."""
         if self.strides is not None:
             yield self._gather()
             return

@@ -318,7 +318,6 @@ class Release:
     title: str
     layout: Mapping[str, object]
     size: Mapping[str, object]
-    hub: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ they differ, the result says in which way. One checkpoint alone is compared with
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class VerifyResult:
     bound: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict (schema 1)."""
+        """A JSON-ready dict (schema 1); an error or norm that is infinite or no number is null."""
         return {
             "schema": 1,
             "one": self.one,
@@ -62,9 +63,9 @@ class VerifyResult:
                 {
                     "module": m.module,
                     "equal": m.equal,
-                    "error": m.error,
-                    "bound": m.bound,
-                    "norm": m.norm,
+                    "error": _number(m.error),
+                    "bound": _number(m.bound),
+                    "norm": _number(m.norm),
                     "same": m.same,
                 }
                 for m in self.modules
@@ -75,6 +76,11 @@ class VerifyResult:
             ],
             "files": [{"name": f.name, "difference": f.difference} for f in self.files],
         }
+
+
+def _number(value: float) -> float | None:
+    """JSON has neither infinity nor NaN."""
+    return value if math.isfinite(value) else None
 
 
 def verify(

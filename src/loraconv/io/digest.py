@@ -17,7 +17,7 @@ Range = tuple[InputFile, int, int]
 
 
 class Digest:
-    """SHA-256 of what it is fed; from 4 MiB on a thread computes it while the caller goes on.
+    """SHA-256 of what it is fed; from ``PIECE_BYTES`` on a thread computes it while the caller goes on.
 
     A copied range is read a second time by the thread, so that its bytes never pass through the caller.
     """

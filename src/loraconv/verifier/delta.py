@@ -39,7 +39,10 @@ class ModuleResult:
 
 def compare_adapters(one: Pairs, other: Pairs, bound: float | None = None) -> list[ModuleResult]:
     """The modules that both have, in the order of the first. ``bound`` replaces the one from the dtypes."""
-    return [compare_module(m, one[m], other[m], bound) for m in one if m in other]
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):  # a factor may hold NaN or Inf: then the module is not the same
+        return [compare_module(m, one[m], other[m], bound) for m in one if m in other]
 
 
 def compare_module(module: str, one: Pair, other: Pair, bound: float | None = None) -> ModuleResult:
