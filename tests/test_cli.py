@@ -99,6 +99,9 @@ def test_a_command_has_the_parameters_and_defaults_of_its_function(name: str) ->
     assert set(on_line) == set(function)
     for parameter in function.values():
         option = on_line[parameter.name]
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            assert option.nargs == -1
+            continue
         if parameter.default is inspect.Parameter.empty:
             assert option.required, parameter.name
         else:

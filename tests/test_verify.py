@@ -247,6 +247,6 @@ def test_the_json_of_a_comparison_has_schema_1_and_the_documented_keys(
     other = shutil.copy(one, tmp_path / "b.safetensors")
     assert cli(["verify", str(one), str(other), "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
-    assert set(value) == {"schema", "one", "other", "same", "bound", "modules", "findings", "files"}
+    assert set(value) == {"schema", "mode", "one", "other", "same", "bound", "modules", "findings"}
     assert value["schema"] == 1
     assert set(value["modules"][0]) == {"module", "equal", "error", "bound", "norm", "same"}

@@ -135,22 +135,19 @@ def _converted(result: Any, as_json: bool, quiet: bool) -> None:
 
 
 @root.command()
-@click.argument("one")
-@click.argument("other", required=False)
-@click.option("--alpha", type=float, metavar="A", help="The lora_alpha of ONE, where its files do not say it.")
+@click.argument("paths", nargs=-1, metavar="A [B]")
+@click.option("--alpha", type=float, metavar="A", help="The lora_alpha of A, where its files do not say it.")
 @click.option("--bound", type=float, metavar="E", help="Allow this relative error [default: what the dtypes allow].")
 @_output_options
-def verify(
-    one: str, other: str | None, alpha: float | None, bound: float | None, as_json: bool, quiet: bool, debug: bool
-) -> int:
-    """Prove that ONE and OTHER are the same adapter, in any formats; ONE alone: that it is as it was converted.
+def verify(paths: tuple[str, ...], as_json: bool, quiet: bool, debug: bool, **options: Any) -> int:
+    """Prove that A and B are the same adapter, in any formats; A alone: that it is as it was converted.
 
     Exits with 0 if they are the same, 5 if not, 3 if they cannot be compared.
     """
     from loraconv.report import text
     from loraconv.verification import verify as run
 
-    result = run(one, other, alpha=alpha, bound=bound)
+    result = run(*paths, **options)
     _say(text.verification(result), result.to_dict(), as_json, quiet)
     return 0 if result.same else 5
 

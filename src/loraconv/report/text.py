@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from loraconv.describe import AdapterFacts, Summary
     from loraconv.errors import LoraconvError
     from loraconv.verification import VerifyResult
-    from loraconv.verifier.delta import ModuleResult
     from loraconv.verifier.proof import Proof
 
 _LABEL = 12
@@ -135,30 +133,14 @@ def demonstration(result: DemoResult) -> str:
 
 
 def verification(result: VerifyResult) -> str:
-    """The text of ``loraconv verify``: the verdict, the modules folded by projection, and why they differ."""
-    lines = [f"  {file.name}: {file.difference or 'as it was written'}" for file in result.files]
-    groups: dict[str, list[ModuleResult]] = {}
-    for module in result.modules:
-        groups.setdefault(re.sub(r"\.\d+\.", ".{}.", module.module, count=1), []).append(module)
-    for name, modules in groups.items():
-        apart = [m for m in modules if not m.equal]
-        how = "equal number for number"
-        if apart:
-            worst = max(apart, key=lambda m: m.error - m.bound)
-            how = f"relative error up to {worst.error:.1e}, allowed {worst.bound:.1e}"
-        good = sum(m.same for m in modules)
-        lines.append(f"  {printable(name)}: {good}/{len(modules)} the same; {how}")
+    """The text of ``loraconv verify``: what the mode has to show (``report/verify_MODE.py``), why not, the verdict."""
+    from importlib import import_module
+
+    mode = import_module(f"loraconv.report.verify_{result.mode}")
+    lines: list[str] = mode.lines(result)
     for finding in result.findings:
         lines += [f"why     {finding.sentence}", f"mend    {finding.mend}"]
-    return "\n".join([f"verdict {_verdict(result)}", *lines])
-
-
-def _verdict(result: VerifyResult) -> str:
-    if result.files:
-        return "unchanged since it was converted" if result.same else "CHANGED since it was converted"
-    if not result.same:
-        return "NOT the same adapter"
-    return "the same adapter" + (f", within the bound given ({result.bound:g})" if result.bound is not None else "")
+    return "\n".join([f"verdict {mode.verdict(result)}", *lines])
 
 
 def plan(result: ConvertResult) -> str:
