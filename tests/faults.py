@@ -24,8 +24,8 @@ import loraconv
 
 #: Every call that changes a file system, and ``openat``, which creates files. The order of calls is kept by strace.
 CHANGING_CALLS = (
-    "openat", "write", "pwrite64", "copy_file_range", "fsync", "chmod", "fchmod", "fchmodat", "mkdir", "mkdirat",
-    "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir",
+    "openat", "write", "pwrite64", "copy_file_range", "ftruncate", "fsync", "chmod", "fchmod", "fchmodat", "mkdir",
+    "mkdirat", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir",
 )  # fmt: skip
 
 _CALL = re.compile(r"^\d+ +(\w+)\(")
@@ -95,12 +95,16 @@ def traced(argv: Sequence[str], work: Path, calls: Sequence[str], *options: str)
 
 
 def points(trace: Sequence[str], work: Path) -> list[tuple[str, int, str]]:
-    """The calls from the first one that names ``work`` on: name, how many of that name went before, trace line."""
+    """The calls from the first one that names ``work`` on: name, how many of that name went before, trace line.
+
+    Those of the main thread, which alone writes: strace counts each thread's calls for itself.
+    """
+    main = trace[0].split(maxsplit=1)[0]
     counts: dict[str, int] = {}
     found: list[tuple[str, int, str]] = []
     for line in trace:
         match = _CALL.match(line)
-        if match is None:
+        if match is None or line.split(maxsplit=1)[0] != main:
             continue
         name = match.group(1)
         counts[name] = counts.get(name, 0) + 1

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import pytest
 from loraconv.errors import LoraconvError, UsageError, WriteFailed
 from loraconv.io import atomic
 from loraconv.io.atomic import output_folder
+from loraconv.io.growing import GrowingFile
 from loraconv.lazy import PIECE_BYTES
 from tests import atomic_driver
 from tests.faults import CHANGING_CALLS, Outcome, environment, needs_strace, points, python, sweep, traced
@@ -878,3 +880,43 @@ def test_a_hundred_failed_outputs_leak_neither_descriptors_nor_threads(tmp_path:
         with pytest.raises(ValueError, match="broken off"):
             break_off(tmp_path / "out", ValueError)
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+# --- a reader that follows the writer ---------------------------------------------------------------------------------
+
+
+def test_a_reader_gets_every_byte_of_a_file_that_is_still_being_written(tmp_path: Path) -> None:
+    content = random.Random(1).randbytes(3 << 20)
+    with (
+        ThreadPoolExecutor(1) as beside,
+        output_folder(tmp_path / "out", inputs=[], needed=0) as folder,
+        folder.file("a") as file,
+    ):
+        file.write(content[:100])
+        file.reserve(len(content))
+        with GrowingFile(file) as growing:
+            assert growing.size == len(content)
+            assert growing.pread(0, 100) == content[:100]
+            later = beside.submit(growing.pread, 100, len(content) - 100)
+            for start in range(100, len(content), 1 << 16):
+                assert not later.done()
+                file.write(content[start : start + (1 << 16)])
+            assert later.result(10) == content[100:]
+
+
+@pytest.mark.parametrize("how", ["abandoned", "too short"])
+def test_a_reader_does_not_wait_for_bytes_that_will_never_come(tmp_path: Path, how: str) -> None:
+    def write_too_little() -> None:
+        with output_folder(tmp_path / "out", inputs=[], needed=0) as folder, folder.file("a") as file:
+            file.reserve(100)
+            file.write(b"x" * 50)
+            waiting.append(beside.submit(GrowingFile(file).pread, 0, 100))
+            if how == "abandoned":
+                file.abandon()
+
+    waiting: list[Future[bytes]] = []
+    with ThreadPoolExecutor(1) as beside, pytest.raises(WriteFailed):
+        write_too_little()
+    with pytest.raises(OSError, match="not completed"):
+        waiting[0].result(10)
+    assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +19,6 @@ import loraconv
 from loraconv import base, conversion, jobs, ranks, registry
 from loraconv.errors import CorruptCheckpoint, FormatError, ProofFailed
 from loraconv.fold import cast
-from loraconv.io.safetensors_write import write_safetensors
 from loraconv.lazy import Lazy, TensorRef, decode, encode
 from loraconv.plan import Plan
 from loraconv.rules import Dialect
@@ -109,10 +108,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_wrongly(monkeypatch: pytest.MonkeyPatch, mistake: Callable[[Tensors], Tensors]) -> None:
-    def write(file: Any, tensors: Iterable[tuple[str, Lazy]], metadata: Mapping[str, str]) -> None:
-        write_safetensors(file, mistake(dict(tensors)).items(), metadata)
+    def wrongly(write: Callable[..., None]) -> Callable[..., None]:
+        return lambda file, tensors, *rest: write(file, mistake(dict(tensors)).items(), *rest)
 
-    monkeypatch.setattr(conversion, "write_safetensors", write)
+    for name in ("write_safetensors", "begin_safetensors", "write_tensors"):
+        monkeypatch.setattr(conversion, name, wrongly(getattr(conversion, name)))
 
 
 @pytest.mark.parametrize("mistake", ADAPTER_MISTAKES)
@@ -609,8 +609,9 @@ def test_a_header_that_makes_no_sense_is_a_failed_proof(
 def test_a_file_of_weights_that_is_none_is_a_failed_proof(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, raw: bytes
 ) -> None:
-    for name in ("write_safetensors", "write_torch"):
+    for name in ("write_safetensors", "begin_safetensors", "write_torch"):
         monkeypatch.setattr(conversion, name, lambda file, *_: file.write(raw))
+    monkeypatch.setattr(conversion, "write_tensors", lambda *_: None)
     fails(tmp_path, run, to)
 
 

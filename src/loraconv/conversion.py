@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,9 @@ from loraconv.describe import Summary, summarise
 from loraconv.detect import Detected, detect
 from loraconv.errors import FormatError, ProofFailed
 from loraconv.io.atomic import OutputFile, OutputFolder, output_folder
-from loraconv.io.safetensors_write import write_safetensors
+from loraconv.io.growing import GrowingFile
+from loraconv.io.input_file import InputFile
+from loraconv.io.safetensors_write import begin_safetensors, write_safetensors, write_tensors
 from loraconv.io.target import MANIFEST
 from loraconv.io.torch_write import write_torch
 from loraconv.jobs import Job, Options, adapter_job, base_job, unknown_notices
@@ -188,12 +191,12 @@ def _finish(
     inputs = [source.path, *(f.path for f in source.files), *([source.config_path] if source.config_path else [])]
     source.check_unchanged()
     with output_folder(request.out, inputs=inputs, needed=needed, overwrite=request.overwrite) as folder:
-        with ThreadPoolExecutor(1) as beside:
+        with ThreadPoolExecutor(2) as beside:
             healthy = [beside.submit(job.check) for job in jobs if job.check is not None]
-            made = {name: file for job in jobs for name, file in _write(folder, job)}
-            # The proof runs while threads still compute the checksums.
-            proofs = _proofs(source, detected, folder, jobs, healthy)
+            work = [_write(folder, job, _Proving(source, detected, folder, beside)) for job in jobs]
+            proofs = _proofs([proof for _, proof in work], healthy)
         crc32 = {name: value for check in healthy for name, value in check.result().items()}
+        made = {name: file for written, _ in work for name, file in written.items()}
         files = tuple(WrittenFile(name, file.size, file.sha256) for name, file in made.items())
         source.check_unchanged()
         result = ConvertResult(Path(request.out), request.to, summary, plans, files, proofs, said, crc32)
@@ -201,33 +204,66 @@ def _finish(
     return result
 
 
-def _proofs(
-    source: Source,
-    detected: Detected,
-    folder: OutputFolder,
-    jobs: Sequence[Job],
-    healthy: list[Future[dict[str, str]]],
-) -> tuple[Proof, ...]:
+def _proofs(proving: Sequence[Callable[[], Proof]], healthy: list[Future[dict[str, str]]]) -> tuple[Proof, ...]:
     """The proof of every job; where one fails because the source itself is unsound, that is the error to show."""
     try:
-        return tuple(_prove(source, detected, folder, job) for job in jobs)
+        return tuple(proof() for proof in proving)
     except ProofFailed:
         for check in healthy:
             check.result()
         raise
 
 
-def _write(folder: OutputFolder, job: Job) -> Iterator[tuple[str, OutputFile]]:
+@dataclass(frozen=True, slots=True)
+class _Proving:
+    """What every proof needs; those of a base run ``beside`` the writing."""
+
+    source: Source
+    detected: Detected
+    folder: OutputFolder
+    beside: ThreadPoolExecutor
+
+
+Written = tuple[dict[str, OutputFile], Callable[[], Proof]]
+
+
+def _write(folder: OutputFolder, job: Job, proving: _Proving) -> Written:
+    """The files of a job by name, and what waits for its proof or makes it."""
+    texts = {job.place + name: _write_text(folder, job.place + name, text) for name, text in job.plan.texts.items()}
+    made, proof = _write_adapter(folder, job, proving) if job.plan.factors else _write_base(folder, job, proving)
+    return {**made, **texts}, proof
+
+
+def _write_adapter(folder: OutputFolder, job: Job, proving: _Proving) -> Written:
+    made = {}
     for planned in job.plan.files:
-        with folder.file(job.place + planned.name, hashed=bool(job.plan.factors)) as file:
+        with folder.file(job.place + planned.name) as file:
             tensors: dict[str, Lazy] = {o.name: o.tensor for o in planned.outputs}
             if planned.kind == "torch":
                 write_torch(file, tensors, {"iteration": 1, "mp_world_size": 1})
             else:
                 write_safetensors(file, tensors.items(), planned.metadata)
-        yield job.place + planned.name, file
-    for name, text in job.plan.texts.items():
-        yield job.place + name, _write_text(folder, job.place + name, text)
+        made[job.place + planned.name] = file
+    return made, lambda: _prove(proving, job)
+
+
+def _write_base(folder: OutputFolder, job: Job, proving: _Proving) -> Written:
+    """The shards of a base. Their headers come first, so that the proof can follow the writer through the bytes."""
+    made: dict[str, OutputFile] = {}
+    try:
+        with ExitStack() as stack:
+            for planned in job.plan.files:
+                # No SHA-256: see WrittenFile.
+                made[planned.name] = file = stack.enter_context(folder.file(job.place + planned.name, hashed=False))
+                begin_safetensors(file, [(o.name, o.tensor) for o in planned.outputs], planned.metadata)
+            proof = proving.beside.submit(_prove, proving, job, lambda path: GrowingFile(made[path.name]))
+            for planned in job.plan.files:
+                write_tensors(made[planned.name], [(o.name, o.tensor) for o in planned.outputs])
+    except BaseException:
+        for file in made.values():
+            file.abandon()  # or the proof would wait for its bytes for ever
+        raise
+    return {job.place + name: file for name, file in made.items()}, proof.result
 
 
 def _write_text(folder: OutputFolder, name: str, text: str) -> OutputFile:
@@ -236,14 +272,15 @@ def _write_text(folder: OutputFolder, name: str, text: str) -> OutputFile:
     return file
 
 
-def _prove(source: Source, detected: Detected, folder: OutputFolder, job: Job) -> Proof:
+def _prove(proving: _Proving, job: Job, opener: Callable[[Path], InputFile] = InputFile) -> Proof:
     proof = prove_written(
-        folder.path / job.place,
+        proving.folder.path / job.place,
         kind=job.plan.dialect.name if job.plan.factors else "base",
         files=[f.name for f in job.plan.files],
-        source_kind=detected.dialect.name,
-        source=source,
+        source_kind=proving.detected.dialect.name,
+        source=proving.source,
         settings_file=job.plan.dialect.sidecar,
+        opener=opener,
         **job.proof,
     )
     failures = proof.failures()

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
+from threading import Condition
 
 from loraconv.errors import WriteFailed
 from loraconv.io.digest import Digest
@@ -47,6 +48,8 @@ from loraconv.names import quoted
 
 #: Writeback to the disk is begun after this many bytes.
 WRITEBACK_BYTES = 64 << 20
+#: This much is copied at a time, so that a signal, or a reader that follows, does not wait for a whole shard.
+COPY_BYTES = 16 << 20
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -228,6 +231,7 @@ class OutputFile:
         self.path, self.size = path, 0
         self._final, self._needed = final, needed
         self._flushed = 0
+        self._grown, self._ended = Condition(), False
         self._hash = Digest() if hashed else None
         with reported(final, needed):
             self._fd = os.open(path, _NEW_FILE, 0o666)
@@ -239,6 +243,22 @@ class OutputFile:
         Waits for the thread that computes it; raises what reading a copied input again raises.
         """
         return self._hash.finish() if self._hash else None
+
+    def reserve(self, size: int) -> None:
+        """Give the file its final length before its bytes, so that a reader can follow the writer. See :meth:`wait`."""
+        with reported(self._final, self._needed):
+            os.ftruncate(self._fd, size)
+
+    def wait(self, end: int) -> None:
+        """Return when the first ``end`` bytes are written; raises OSError if the file ended or failed before that."""
+        with self._grown:
+            self._grown.wait_for(lambda: self.size >= end or self._ended)
+        if self.size < end:
+            raise OSError(errno.EIO, "the file was not completed")
+
+    def abandon(self) -> None:
+        """Write no more: whoever waits for a byte is told that it will not come. A second call does nothing."""
+        self._close()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append ``data``. Raises :class:`WriteFailed`; the file cannot be completed after that."""
@@ -264,7 +284,7 @@ class OutputFile:
         """
         try:
             while count:
-                size = min(count, WRITEBACK_BYTES)
+                size = min(count, COPY_BYTES)
                 if self._hash:
                     self._hash.update_from(source, offset, size)
                 self._copy_range(source, offset, size)
@@ -277,8 +297,7 @@ class OutputFile:
         while count:
             done = _copied_in_kernel(source, self._fd, offset, count, self._final, self._needed)
             if done:
-                self.size += done
-                self._write_back()
+                self._advance(done)
             else:
                 piece = source.pread(offset, min(count, PIECE_BYTES))
                 done = len(piece)
@@ -289,17 +308,27 @@ class OutputFile:
         with reported(self._final, self._needed):
             while piece:
                 count = os.write(self._fd, piece)
-                self.size += count
+                self._advance(count)
                 piece = piece[count:]
-        self._write_back()
 
-    def _write_back(self) -> None:
+    def _advance(self, count: int) -> None:
+        """``count`` more bytes are written: tell who waits for them, and let the disk begin from time to time."""
+        with self._grown:
+            self.size += count
+            self._grown.notify_all()
         if self.size - self._flushed >= WRITEBACK_BYTES:
             _start_writeback(self._fd, self._flushed, self.size - self._flushed)
             self._flushed = self.size
 
+    def _end(self) -> None:
+        """Nothing more will be written: whoever waits for more waits in vain."""
+        with self._grown:
+            self._ended = True
+            self._grown.notify_all()
+
     def _finish(self) -> None:
-        """Nothing more will be written: check the length, set the mode, let the disk begin."""
+        """Everything is written: check the length, set the mode, let the disk begin."""
+        self._end()
         with reported(self._final, self._needed):
             if os.fstat(self._fd).st_size != self.size:
                 raise OSError(errno.EIO, "the file is not as long as what was written to it")
@@ -318,6 +347,7 @@ class OutputFile:
     def _close(self) -> None:
         if self._hash:
             self._hash.stop()
+        self._end()
         descriptor, self._fd = self._fd, -1
         if descriptor >= 0:
             os.close(descriptor)

@@ -38,7 +38,19 @@ def write_safetensors(file: OutputFile, tensors: Iterable[Named], metadata: Mapp
     """Stream the header and every tensor into ``file``; raises what ``file.write`` raises."""
     ordered = in_order(tensors)
     file.write(header_bytes(ordered, metadata))
-    for name, tensor in ordered:
+    write_tensors(file, ordered)
+
+
+def begin_safetensors(file: OutputFile, tensors: Iterable[Named], metadata: Mapping[str, str]) -> None:
+    """Write the header only, and give the file its final length; :func:`write_tensors` writes the rest."""
+    ordered = in_order(tensors)
+    file.write(header_bytes(ordered, metadata))
+    file.reserve(file.size + sum(nbytes(tensor) for _, tensor in ordered))
+
+
+def write_tensors(file: OutputFile, tensors: Iterable[Named]) -> None:
+    """Stream every tensor into ``file``, behind its header."""
+    for name, tensor in in_order(tensors):
         start = file.size
         for ref in spans(tensor) or ():
             file.copy(ref.file, ref.offset, nbytes(ref))

@@ -144,8 +144,9 @@ def prove_base(
     origins = {n: source_of(ranks, n, shape) for n, shape in shapes.items()}
     with ThreadPoolExecutor(2) as pool:  # reading is most of it, and lets other threads run
         positions = pool.submit(_positions, ranks[0], right)
-        right_bytes = pool.map(lambda n: _agrees(origins[n], stored[n], dtype), shapes)
-        wrong = [n for n, fine in zip(shapes, right_bytes, strict=True) if not fine]
+        order = _as_written(stored)
+        right_bytes = pool.map(lambda n: _agrees(origins[n], stored[n], dtype), order)
+        wrong = [n for n, fine in zip(order, right_bytes, strict=True) if not fine]
     what = "byte for byte equal" if dtype is None else f"every number within half a unit of {dtype}"
     detail = f"other content in {'; '.join(fold_names(wrong)[:4])}" if wrong else ""
     checks = [
@@ -156,6 +157,12 @@ def prove_base(
         *positions.result(),
     ]
     return Proof("base", tuple(checks), _controls(ranks, stored, shapes, dtype))
+
+
+def _as_written(stored: Mapping[str, Lazy]) -> list[str]:
+    """The tensors in the order of their bytes, shard by shard: the output may still be being written."""
+    leaves = {name: next(tensor.leaves()) for name, tensor in stored.items()}
+    return sorted(leaves, key=lambda name: (leaves[name].file.path.name, leaves[name].offset))
 
 
 def _positions(tensors: Tensors, config: Mapping[str, Any]) -> list[Check]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -45,18 +45,22 @@ def prove_written(
     alpha: Fraction | None = None,
     every_consumer: bool = False,
     dtype: str | None = None,
+    opener: Callable[[Path], InputFile] = InputFile,
 ) -> Proof:
     """The proof of the output of format ``kind`` (the name of a dialect, or ``base``) in ``folder``.
 
     ``alpha`` and ``dtype`` are the user's own, if any. ``every_consumer`` demands that the strength is the same where
-    the header is not read. ``settings_file`` is the settings file of a format that is not loraconv's own.
+    the header is not read. ``settings_file`` is the settings file of a format that is not loraconv's own. ``opener``
+    opens the weights of a base, which may still be being written.
 
     Raises :class:`ProofFailed` where the output cannot be read or compared at all, :class:`FormatError` where no oracle
     knows the format. Errors about the source are passed on.
     """
     with _as_failure(folder), ExitStack() as stack:
         if kind == "base":
-            return _prove_base(folder, files, source, dtype, stack)
+            check_base_files(folder, files)
+            opened = {name: stack.enter_context(opener(folder / name)) for name in files}
+            return _prove_base(folder, opened, source, dtype)
         name = adapter_file(kind, folder, files)
         file = stack.enter_context(InputFile(folder / name))
         tensors, metadata = _safetensors(file) if _is_safetensors(file, kind) else _torch(file, kind)
@@ -109,9 +113,7 @@ def _unreadable(what: str, why: str) -> ProofFailed:
     )
 
 
-def _prove_base(folder: Path, files: Sequence[str], source: Checkpoint, dtype: str | None, stack: ExitStack) -> Proof:
-    check_base_files(folder, files)
-    opened = {name: stack.enter_context(InputFile(folder / name)) for name in files}
+def _prove_base(folder: Path, opened: Mapping[str, InputFile], source: Checkpoint, dtype: str | None) -> Proof:
     shards = {name: _safetensors(file)[0] for name, file in opened.items()}
     _check_index(folder, shards)
     tensors = {n: t for shard in shards.values() for n, t in shard.items()}
