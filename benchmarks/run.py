@@ -10,44 +10,14 @@ before each run (needs root). Needs about 25 GB of disk.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+from measure import LORACONV, clean, measure, median, table
+
 HERE = Path(__file__).parent
-LORACONV = [str(Path(sys.executable).with_name("loraconv"))]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Wall-clock seconds and peak resident bytes of one process."""
-
-    seconds: float
-    peak: int
-
-
-def measure(argv: list[str], before: Callable[[], None]) -> Sample:
-    """Run one command; raises if it fails."""
-    before()
-    start = time.perf_counter()
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    if status:
-        raise SystemExit(f"{' '.join(argv)} failed:\n{errors.decode(errors='replace')}")
-    return Sample(seconds, usage.ru_maxrss * 1024)
-
-
-def median(samples: list[Sample]) -> Sample:
-    return Sample(statistics.median(s.seconds for s in samples), max(s.peak for s in samples))
 
 
 class Bench:
@@ -58,15 +28,7 @@ class Bench:
         self.rows: list[tuple[str, str, str, str]] = []
 
     def clean(self, *targets: Path) -> Callable[[], None]:
-        def before() -> None:
-            for target in targets:
-                shutil.rmtree(target, ignore_errors=True)
-                target.unlink(missing_ok=True)
-            os.sync()
-            if self.cold:
-                Path("/proc/sys/vm/drop_caches").write_text("3", encoding="ascii")
-
-        return before
+        return clean(targets, self.cold)
 
     def alone(self, name: str, argv: list[str], limit: float) -> None:
         """A command with a limit in seconds."""
@@ -88,9 +50,7 @@ class Bench:
     def report(self) -> None:
         state = "cold" if self.cold else "warm"
         print(f"median of {self.runs} runs, page cache {state}; ratio = loraconv / peer; memory = greatest peak")
-        widths = [max(len(row[n]) for row in self.rows) for n in range(4)]
-        for row in self.rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(table(self.rows))
 
 
 def checkpoint(work: Path) -> Path:

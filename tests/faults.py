@@ -99,7 +99,7 @@ def points(trace: Sequence[str], work: Path) -> list[tuple[str, int, str]]:
 
     Those of the main thread, which alone writes: strace counts each thread's calls for itself.
     """
-    main = trace[0].split(maxsplit=1)[0]
+    main = next((line.split(maxsplit=1)[0] for line in trace if _CALL.match(line)), "")
     counts: dict[str, int] = {}
     found: list[tuple[str, int, str]] = []
     for line in trace:

@@ -55,7 +55,8 @@ def adapter(sat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_commands_are_the_documented_ones() -> None:
-    assert EVERY == ["convert", "demo", "formats", "inspect", "sat2diffusers", "verify"]
+    others = ["check-data", "demo", "formats", "inspect", "roundtrip", "train", "verify"]
+    assert sorted([*others, "convert", "fuse", "sat2diffusers", "unfuse"]) == EVERY
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], *([name, "--help"] for name in EVERY)], ids=" ".join)
@@ -94,7 +95,7 @@ def _default(option: click.Parameter, command: click.Command) -> Any:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_command_has_the_parameters_and_defaults_of_its_function(name: str) -> None:
-    function = inspect.signature(getattr(loraconv, name)).parameters
+    function = inspect.signature(getattr(loraconv, name.replace("-", "_"))).parameters
     on_line = {p.name: p for p in root.commands[name].params if p.name not in ONLY_ON_THE_LINE}
     assert set(on_line) == set(function)
     for parameter in function.values():

@@ -13,7 +13,12 @@ from loraconv.rules import Dialect
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/DESIGN.md", "benchmarks/README.md")]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks/README.md",
+    *sorted((ROOT / "docs").iterdir()),
+]
 
 
 def test_the_readme_has_exactly_two_setup_lines() -> None:

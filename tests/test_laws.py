@@ -50,6 +50,22 @@ def test_only_atomic_writes(path: Path) -> None:
             assert "O_RDONLY" in flags or "devnull" in ast.unparse(call.args[0]), f"{shown(path)}: os.open({flags})"
 
 
+VERIFIER = [p for p in SOURCES if "verifier" in p.parts]
+RUNNING = ("consumers/forward.py", "consumers/inputs.py", "consumers/recorded.py")
+
+
+@pytest.mark.parametrize("path", VERIFIER, ids=shown)
+def test_of_the_verifier_only_the_consumers_load_torch_and_diffusers(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    at_once = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        heavy = {"torch", "diffusers", "peft", "transformers"} & {name.partition(".")[0] for name in names}
+        assert not heavy or str(path).endswith(RUNNING), f"{shown(path)}: {heavy}"
+        assert not heavy or id(node) not in at_once, f"{shown(path)} imports {heavy} when it is imported"
+
+
 def test_no_module_bears_the_name_of_a_public_function() -> None:
     import loraconv
 

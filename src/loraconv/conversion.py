@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from loraconv.registry import dialect
 from loraconv.source import Source, open_source
 from loraconv.verifier.check import prove_written
 from loraconv.verifier.proof import Proof
+from loraconv.watch import Watch
 
 What = Literal["lora", "base", "all"]
 
@@ -184,18 +185,18 @@ def _finish(
     if request.dry_run:
         for job in jobs:
             if job.check is not None:
-                job.check()
+                job.check(Watch())
         return ConvertResult(Path(request.out), request.to, summary, plans, notices=said, dry_run=True)
     needed = sum(plan.bytes for plan in plans) + (1 << 20)
     # The folder that holds a single input file is no input: a new folder beside that file is fine.
     inputs = [source.path, *(f.path for f in source.files), *([source.config_path] if source.config_path else [])]
     source.check_unchanged()
     with output_folder(request.out, inputs=inputs, needed=needed, overwrite=request.overwrite) as folder:
-        with ThreadPoolExecutor(2) as beside:
-            healthy = [beside.submit(job.check) for job in jobs if job.check is not None]
-            work = [_write(folder, job, _Proving(source, detected, folder, beside)) for job in jobs]
-            proofs = _proofs([proof for _, proof in work], healthy)
-        crc32 = {name: value for check in healthy for name, value in check.result().items()}
+        watch = Watch()
+        with ThreadPoolExecutor(1) as beside:
+            work = [_write(folder, job, _Proving(source, detected, folder, beside, watch)) for job in jobs]
+            proofs = _proofs([proof for _, proof in work], jobs, watch)
+        crc32 = _checked(jobs, watch)
         made = {name: file for written, _ in work for name, file in written.items()}
         files = tuple(WrittenFile(name, file.size, file.sha256) for name, file in made.items())
         source.check_unchanged()
@@ -204,24 +205,29 @@ def _finish(
     return result
 
 
-def _proofs(proving: Sequence[Callable[[], Proof]], healthy: list[Future[dict[str, str]]]) -> tuple[Proof, ...]:
+def _proofs(proving: Sequence[Callable[[], Proof]], jobs: Sequence[Job], watch: Watch) -> tuple[Proof, ...]:
     """The proof of every job; where one fails because the source itself is unsound, that is the error to show."""
     try:
         return tuple(proof() for proof in proving)
     except ProofFailed:
-        for check in healthy:
-            check.result()
+        _checked(jobs, watch)
         raise
+
+
+def _checked(jobs: Sequence[Job], watch: Watch) -> dict[str, str]:
+    """The CRC-32 of every tensor of the bases; raises where the numbers of the source are not sound."""
+    return {name: crc for job in jobs if job.check is not None for name, crc in job.check(watch).items()}
 
 
 @dataclass(frozen=True, slots=True)
 class _Proving:
-    """What every proof needs; those of a base run ``beside`` the writing."""
+    """What every proof needs; those of a base run ``beside`` the writing, and note in ``watch`` what they read."""
 
     source: Source
     detected: Detected
     folder: OutputFolder
     beside: ThreadPoolExecutor
+    watch: Watch
 
 
 Written = tuple[dict[str, OutputFile], Callable[[], Proof]]
@@ -273,12 +279,16 @@ def _write_text(folder: OutputFolder, name: str, text: str) -> OutputFile:
 
 
 def _prove(proving: _Proving, job: Job, opener: Callable[[Path], InputFile] = InputFile) -> Proof:
+    # The numbers of an adapter were looked at before anything was written.
+    source = (
+        proving.source if job.plan.factors else replace(proving.source, ranks=proving.watch.over(proving.source.ranks))
+    )
     proof = prove_written(
         proving.folder.path / job.place,
         kind=job.plan.dialect.name if job.plan.factors else "base",
         files=[f.name for f in job.plan.files],
         source_kind=proving.detected.dialect.name,
-        source=proving.source,
+        source=source,
         settings_file=job.plan.dialect.sidecar,
         opener=opener,
         **job.proof,

@@ -16,7 +16,7 @@ from typing import Any
 from loraconv.conversion import ConvertResult, sat2diffusers
 from loraconv.describe import Summary, inspect
 from loraconv.errors import ProofFailed
-from loraconv.verifier.consumer import ForwardCheck, compare_forward
+from loraconv.verifier.consumers.recorded import ForwardCheck, compare_forward
 
 #: The package that ``fixtures/sat/cogvideox-2b-t2v`` installs as.
 _PACKAGE = "loraconv.demo_run"

@@ -83,6 +83,13 @@ class ProofFailed(LoraconvError):
     default_slug = "proof-failed"
 
 
+class TrainingStopped(LoraconvError):
+    """A training cannot go on: NaN or Inf too often, or nothing to go back to. Its checkpoints are whole (exit 5)."""
+
+    exit_code = 5
+    default_slug = "training-stopped"
+
+
 class WriteFailed(LoraconvError):
     """The output could not be written: space, permission, an existing target (exit 6)."""
 

@@ -1,6 +1,7 @@
 """What is wrong with the numbers of an adapter or a base: NaN, Inf, an ``up`` that is all zero, damaged storage.
 
-This is the one pass that reads every source byte before anything is written.
+An adapter is looked at before anything is written; a base while its proof reads it, since a second pass over gigabytes
+would cost as much as the copy.
 """
 
 from __future__ import annotations
@@ -15,15 +16,7 @@ from loraconv.io.crc import combine
 from loraconv.io.input_file import InputFile
 from loraconv.lazy import PIECE_BYTES, Lazy, TensorRef, nbytes, spans
 from loraconv.names import fold_names, printable
-
-#: dtype -> (unsigned integer of its size, bits of positive infinity). NaN and infinity are the integers from there on,
-#: and from there on with the sign bit set.
-_INFINITY = {
-    "F16":  ("<u2", 0x7C00),
-    "BF16": ("<u2", 0x7F80),
-    "F32":  ("<u4", 0x7F800000),
-    "F64":  ("<u8", 0x7FF0000000000000),
-}  # fmt: skip
+from loraconv.watch import INFINITY, Watch, all_finite
 
 
 @dataclass(slots=True)
@@ -56,11 +49,11 @@ def _nonfinite(tensors: Mapping[str, Lazy]) -> list[str]:
     return [name for name, tensor in tensors.items() if not is_finite(tensor)]
 
 
-def check_base(tensors: Mapping[str, Lazy]) -> tuple[list[str], dict[str, str]]:
+def check_base(tensors: Mapping[str, Lazy], watch: Watch) -> tuple[list[str], dict[str, str]]:
     """``(names with NaN or Inf, name -> CRC-32 in hexadecimal)`` of a base model's tensors as they are written.
 
-    Each byte is read once. The CRC-32 of a storage that is cut up (q, k and v in one) follows from those of its parts;
-    it is compared with the container's own. Raises :class:`CorruptCheckpoint` where they differ.
+    What ``watch`` has seen is not read again. The CRC-32 of a storage that is cut up (q, k and v in one) follows from
+    those of its parts; it is compared with the container's own. Raises :class:`CorruptCheckpoint` where they differ.
     """
     bad, checksums = [], {}
     parts: dict[Storage, dict[int, tuple[int, int]]] = {}
@@ -68,7 +61,7 @@ def check_base(tensors: Mapping[str, Lazy]) -> tuple[list[str], dict[str, str]]:
         crc, finite = 0, True
         pieces: Sequence[Lazy] = spans(tensor) or [tensor]
         for span in pieces:
-            own, fine = _look_at(span)
+            own, fine = watch.look_at(span)
             crc = combine(crc, own, nbytes(span))
             finite = finite and fine
             if isinstance(span, TensorRef) and span.strides is None:
@@ -84,15 +77,6 @@ def check_base(tensors: Mapping[str, Lazy]) -> tuple[list[str], dict[str, str]]:
 
 
 Storage = tuple[InputFile, tuple[int, int]]
-
-
-def _look_at(tensor: Lazy) -> tuple[int, bool]:
-    """``(CRC-32, all finite)`` of a tensor's bytes."""
-    crc, finite = 0, True
-    for piece in tensor.pieces():
-        crc = zlib.crc32(piece, crc)
-        finite = finite and _all_finite(piece, tensor.dtype)
-    return crc, finite
 
 
 def _joined(parts: Mapping[int, tuple[int, int]], start: int, length: int) -> int | None:
@@ -113,6 +97,12 @@ def _storage_crc(leaf: TensorRef) -> int:
     return crc
 
 
+def check_storage(leaf: TensorRef) -> None:
+    """Raise :class:`CorruptCheckpoint` where the bytes of a storage do not have the CRC-32 that its container tells."""
+    if leaf.storage_crc is not None:
+        _compare(leaf, _storage_crc(leaf))
+
+
 def _compare(leaf: TensorRef, crc: int) -> None:
     if leaf.storage_crc is not None and crc != leaf.storage_crc:
         raise CorruptCheckpoint(
@@ -130,33 +120,21 @@ def _storage_is_finite(leaf: TensorRef) -> bool:
     for offset in range(start, start + length, PIECE_BYTES):
         piece = leaf.file.pread(offset, min(PIECE_BYTES, start + length - offset))
         crc = zlib.crc32(piece, crc)
-        finite = finite and _all_finite(piece, leaf.dtype)
+        finite = finite and all_finite(piece, leaf.dtype)
     _compare(leaf, crc)
     return finite
 
 
-def _all_finite(piece: bytes, dtype: str) -> bool:
-    """Two maxima and no temporary array: as unsigned numbers the negative ones are greatest, as signed the positive."""
-    import numpy as np
-
-    if not piece:
-        return True
-    integer, infinity = _INFINITY[dtype]
-    bits = np.frombuffer(piece, dtype=integer)
-    sign = 1 << (bits.itemsize * 8 - 1)
-    return int(bits.max()) < sign + infinity and int(bits.view(integer.replace("u", "i")).max()) < infinity
-
-
 def is_finite(tensor: Lazy) -> bool:
     """False if any element is NaN or Inf."""
-    return all(_all_finite(piece, tensor.dtype) for piece in tensor.pieces())
+    return all(all_finite(piece, tensor.dtype) for piece in tensor.pieces())
 
 
 def is_zero(tensor: Lazy) -> bool:
     """True if every element is zero, of either sign."""
     import numpy as np
 
-    integer = _INFINITY[tensor.dtype][0]
+    integer = INFINITY[tensor.dtype][0]
     sign = np.array(1 << (np.dtype(integer).itemsize * 8 - 1), dtype=integer)
     return all(not bool(np.any(np.frombuffer(piece, dtype=integer) & ~sign)) for piece in tensor.pieces())
 

@@ -22,6 +22,7 @@ from loraconv.registry import dialect
 from loraconv.scale import given_alpha
 from loraconv.source import Source
 from loraconv.verifier.oracles import rank_distances
+from loraconv.watch import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +51,20 @@ class Options:
 class Job:
     """One part of a conversion: the plan, the sub-folder it goes to, and what its proof needs.
 
-    ``check`` reads the source once more beside the writing, raises if its numbers are not sound, and returns the
-    CRC-32 of every tensor.
+    ``check`` raises if the source's numbers are not sound, and returns the CRC-32 of every tensor; it reads what its
+    watch has not seen.
     """
 
     plan: Plan
     place: str
     proof: dict[str, Any] = field(default_factory=dict)
-    check: Callable[[], dict[str, str]] | None = None
+    check: Callable[[Watch], dict[str, str]] | None = None
 
 
 def adapter_job(source: Source, detected: Detected, to: str, options: Options) -> tuple[Job, list[str]]:
     alpha = options.exact_alpha
     adapter = read_adapter(source, detected, alpha=alpha, strict=options.strict, nearest=options.nearest)
-    notices = _health_notices(source, adapter, options) + _left_behind(source, detected) + _nearest_notices(source)
+    notices = _health_notices(source, adapter, options) + left_behind(source, detected) + nearest_notices(source)
     target = dialect(to)
     plan = plan_adapter(adapter, target, detected.family, dtype=options.dtype_name, scale_in=options.scale_in)
     proof = {
@@ -90,7 +91,8 @@ def _health_notices(source: Source, adapter: Adapter, options: Options) -> list[
     return notices
 
 
-def _nearest_notices(source: Source) -> list[str]:
+def nearest_notices(source: Source) -> list[str]:
+    """What has to be said about an adapter that was trained on several model-parallel ranks."""
     if len(source.ranks) == 1:
         return []
     gaps = ", ".join(f"{name} {gap:.2%}" for name, gap in sorted(rank_distances(list(source.ranks)).items()))
@@ -100,7 +102,7 @@ def _nearest_notices(source: Source) -> list[str]:
     ]
 
 
-def _left_behind(source: Source, detected: Detected) -> list[str]:
+def left_behind(source: Source, detected: Detected) -> list[str]:
     """Trained tensors that are no LoRA factor stay behind when the LoRA alone is converted: say so."""
     trained = sorted((source.trained or frozenset()) - set(detected.ledger.factors))
     trained = [name for name in trained if name in source.tensors]
@@ -119,10 +121,10 @@ def base_job(source: Source, detected: Detected, options: Options, limit: int, p
     tensors = read_base(source, detected, config)
     plan = plan_base(tensors, config, dialect("diffusers"), dtype=options.dtype_name, limit=limit)
 
-    def check() -> dict[str, str]:
+    def check(watch: Watch) -> dict[str, str]:
         made = {o.name: o.tensor for file in plan.files for o in file.outputs}
         refuse_ruin(made)
-        bad, checksums = check_base(made)
+        bad, checksums = check_base(made, watch)
         if bad and not options.allow_nonfinite:
             raise nonfinite_error(bad, str(source.path))
         return checksums

@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all: the only place in loraconv that opens anything for writing.
+"""Outputs that appear whole or not at all: the only place in loraconv that opens anything for writing.
 
 Everything is written into a temporary sibling ``.NAME.PID-RANDOM.part`` of the target NAME, which is locked with
 ``flock``, so that a later run can tell the remains of a dead process from the work of a living one. Each file is
@@ -7,6 +7,8 @@ the whole, then the parent folder is fsynced. An old output is swapped with the 
 (``renameat2(RENAME_EXCHANGE)``) and deleted afterwards. Where the file system cannot swap (NFS, some FUSE), the old
 folder is moved aside to ``.NAME.PID-RANDOM.old`` first: for the time between two renames there is no target, and a
 process killed right there leaves it to the next run to move the old folder back.
+
+A single output file is made in such a folder of its own, and one rename moves it out of there to its name.
 
 A target that is a symbolic link stays one: what it points to is created or replaced, under the same rules as any other
 target. Permission bits of a replaced folder and of its files are kept; owner, ACLs and extended attributes are not.
@@ -35,8 +37,11 @@ from loraconv.io.target import (
     Inode,
     already_there,
     check_space,
+    file_there,
     input_inodes,
     mode_of,
+    old_file,
+    old_input,
     old_output,
     reported,
     resolve_target,
@@ -46,6 +51,9 @@ from loraconv.io.target import (
 from loraconv.lazy import PIECE_BYTES
 from loraconv.names import quoted
 
+#: The name of a single file while it is made.
+_LONE = "output"
+
 #: Writeback to the disk is begun after this many bytes.
 WRITEBACK_BYTES = 64 << 20
 #: This much is copied at a time, so that a signal, or a reader that follows, does not wait for a whole shard.
@@ -53,7 +61,7 @@ COPY_BYTES = 16 << 20
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_AT_FDCWD, _RENAME_EXCHANGE, _SYNC_FILE_RANGE_WRITE = -100, 2, 2
+_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE, _SYNC_FILE_RANGE_WRITE = -100, 1, 2, 2
 _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 # EPERM: what old container sandboxes answer to a call they do not know.
 _NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
@@ -64,11 +72,19 @@ _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 
 @contextmanager
 def output_folder(
-    target: str | Path, *, inputs: Iterable[str | Path], needed: int, overwrite: bool = False
+    target: str | Path,
+    *,
+    inputs: Iterable[str | Path],
+    needed: int,
+    overwrite: bool = False,
+    replaces: Callable[[], None] | None = None,
 ) -> Iterator[OutputFolder]:
     """A folder to write into, which takes its place at ``target`` when the block ends and vanishes if it raises.
 
     ``inputs`` are all input files and folders of the command, ``needed`` is the number of bytes about to be written.
+    With ``replaces`` the target is an input folder that is to be replaced: it is called right before that, and raises
+    if the folder is not what was opened any more.
+
     Raises :class:`UsageError` (``output-is-input``: the target is, holds or lies inside an input) and
     :class:`WriteFailed` (``output-exists``, ``output-foreign``, ``no-space``, ``not-writable``, ``write-failed``: the
     target is as it was; ``durability-unknown``, ``old-remains``: the new output is in place).
@@ -76,9 +92,9 @@ def output_folder(
     place = resolve_target(target)
     known = input_inodes(place, inputs)
     _sweep(place)
-    old_output(place, overwrite, known)
+    folder = OutputFolder(place, known, needed, overwrite, replaces)
+    folder._has_old()
     check_space(place, needed)
-    folder = OutputFolder(place, known, needed, overwrite)
     try:
         folder._open()
         yield folder
@@ -88,11 +104,50 @@ def output_folder(
         raise
 
 
+def clear_remains(target: str | Path) -> None:
+    """Remove what a process that was killed left of this output, or put its old output back where there is none."""
+    _sweep(resolve_target(target))
+
+
+@contextmanager
+def output_file(
+    target: str | Path, *, inputs: Iterable[str | Path], needed: int, mark: bytes, option: str, overwrite: bool = False
+) -> Iterator[OutputFile]:
+    """A single file to write, which takes its place at ``target`` when the block ends and vanishes if it raises.
+
+    ``mark`` is what every earlier output of this kind begins with: such a one is replaced, another file only with
+    ``overwrite``, and what is not a file never. ``option`` is what the target was given with on the command line. The
+    rest is as with :func:`output_folder`.
+    """
+    place = resolve_target(target, option)
+    known = input_inodes(place, inputs, option)
+    _sweep(place)
+    old_file(place, overwrite, mark)
+    check_space(place, needed)
+    folder = _FolderOfOne(place, known, needed, overwrite, mark)
+    try:
+        folder._open()
+        with folder.file(_LONE) as file:
+            yield file
+        folder._commit()
+    except BaseException:
+        folder._discard()
+        raise
+
+
 class OutputFolder:
     """An output under construction; ``path`` is its temporary place."""
 
-    def __init__(self, target: Path, inputs: frozenset[Inode], needed: int, overwrite: bool) -> None:
+    def __init__(
+        self,
+        target: Path,
+        inputs: frozenset[Inode],
+        needed: int,
+        overwrite: bool,
+        replaces: Callable[[], None] | None = None,
+    ) -> None:
         self._target, self._inputs, self._needed, self._overwrite = target, inputs, needed, overwrite
+        self._replaces = replaces
         self._lock: int | None = None
         self._parents: list[Path] = []
         self._folders: list[Path] = []
@@ -110,11 +165,27 @@ class OutputFolder:
         Raises :class:`WriteFailed`, and ValueError for a name that is not a plain relative one.
         """
         self._unfinished.add(relative)
-        output = OutputFile(self._make_room(relative), self._target / relative, self._needed, hashed)
+        output = OutputFile(self._make_room(relative), self._final(relative), self._needed, hashed)
         self._files.append(output)
         yield output
         output._finish()
         self._unfinished.discard(relative)
+
+    def link(self, relative: str, to: Path) -> None:
+        """A symbolic link to an existing file. Raises :class:`WriteFailed`, and ValueError as :meth:`file` does."""
+        path = self._make_room(relative)
+        with reported(self._final(relative), self._needed):
+            os.symlink(os.path.realpath(to), path)
+
+    def _has_old(self) -> bool:
+        """Whether something that may be replaced is in the target's place; raises where it may not."""
+        if self._replaces is not None:
+            return old_input(self._target, self._replaces)
+        return old_output(self._target, self._overwrite, self._inputs)
+
+    def _final(self, relative: str) -> Path:
+        """Where a file of the folder will be in the end."""
+        return self._target / relative
 
     def _choose_names(self) -> None:
         stem = f".{self._target.name}.{os.getpid()}-{secrets.token_hex(4)}"
@@ -124,8 +195,8 @@ class OutputFolder:
     def _open(self) -> None:
         with reported(self._target, self._needed):
             self._make_parents()
-            # What replaces an existing folder stays private until it gets that folder's mode.
-            mode = 0o700 if self._target.is_dir() else 0o777
+            # What replaces an existing output stays private until it gets that one's mode.
+            mode = 0o700 if self._target.exists() else 0o777
             while self._lock is None:  # until no sweeper has taken the new folder for a dead one before it was locked
                 self._choose_names()
                 os.mkdir(self.path, mode)
@@ -170,7 +241,7 @@ class OutputFolder:
     def _publish(self) -> None:
         """Give the finished folder its name; an old output keeps the name until that very moment."""
         # Checked again: hours may have passed since the first time.
-        replaces = old_output(self._target, self._overwrite, self._inputs)
+        replaces = self._has_old()
         if replaces and _exchange(self.path, self._target):
             return
         if replaces:
@@ -222,6 +293,28 @@ class OutputFolder:
         if self._lock is not None and self._lock >= 0:
             os.close(self._lock)
         self._lock = None
+
+
+class _FolderOfOne(OutputFolder):
+    """The temporary home of a single file, which takes the target's name; the folder itself is thrown away."""
+
+    def __init__(self, target: Path, inputs: frozenset[Inode], needed: int, overwrite: bool, mark: bytes) -> None:
+        super().__init__(target, inputs, needed, overwrite)
+        self._mark = mark
+
+    def _final(self, relative: str) -> Path:
+        return self._target
+
+    def _publish(self) -> None:
+        made = self.path / _LONE
+        if old_file(self._target, self._overwrite, self._mark):
+            os.rename(made, self._target)
+            return
+        try:
+            if not _renamed(made, self._target, _RENAME_NOREPLACE):
+                os.rename(made, self._target)
+        except FileExistsError:
+            raise file_there(self._target) from None
 
 
 class OutputFile:
@@ -416,10 +509,15 @@ def _put_back(aside: Path, target: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two names in one step; False where the system cannot. Raises OSError."""
+    return _renamed(one, other, _RENAME_EXCHANGE)
+
+
+def _renamed(one: Path, other: Path, how: int) -> bool:
+    """Rename in a way that only ``renameat2`` knows; False where the system cannot. Raises OSError."""
     renameat2 = _libc("renameat2")
     if renameat2 is None:
         return False
-    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), how) == 0:
         return True
     code = ctypes.get_errno()
     if code in _NO_EXCHANGE:
@@ -448,3 +546,18 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a log, the one kind of file that grows: one write, so that no line is mixed with another.
+
+    Raises :class:`WriteFailed`.
+    """
+    with reported(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            data = f"{text}\n".encode()
+            if os.write(descriptor, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)

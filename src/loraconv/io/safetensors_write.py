@@ -23,9 +23,14 @@ def in_order(tensors: Iterable[Named]) -> list[Named]:
 
 def header_bytes(tensors: Iterable[Named], metadata: Mapping[str, str]) -> bytes:
     """The length prefix and the JSON header, padded with spaces to a multiple of 8."""
+    return header_of(in_order(tensors), metadata)
+
+
+def header_of(ordered: Iterable[Named], metadata: Mapping[str, str]) -> bytes:
+    """The header of tensors whose bytes stand in the order given."""
     entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     at = 0
-    for name, tensor in in_order(tensors):
+    for name, tensor in ordered:
         size = nbytes(tensor)
         entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [at, at + size]}
         at += size

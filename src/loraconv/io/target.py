@@ -1,6 +1,7 @@
 """What an output may replace, and how a failure to write it is told.
 
-An output never touches an input, under whatever spelling, and replaces only what loraconv wrote itself.
+An output never touches an input, under whatever spelling. A folder replaces only what loraconv wrote itself, a single
+file that too, or, if it is told to, any other file.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -27,18 +28,21 @@ _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 Inode = tuple[int, int]
 
 
-def resolve_target(target: str | Path) -> Path:
-    """The real path of the target, links followed; raises :class:`UsageError` for what cannot name a folder."""
+def resolve_target(target: str | Path, option: str = "-o") -> Path:
+    """The real path of the target, links followed; raises :class:`UsageError` for what cannot name an output.
+
+    ``option`` is the one that the target was given with, for the hint.
+    """
     try:
         place = Path(os.path.realpath(target)) if os.fspath(target) else Path("/")
     except ValueError as error:
         raise UsageError("the output is not a path", where=printable(str(target)), why=str(error)) from None
     if not place.name:
-        raise UsageError("the output needs a name", where=printable(str(target)), hint="choose a folder with -o")
+        raise UsageError("the output needs a name", where=printable(str(target)), hint=f"name it: {option} OUT")
     return place
 
 
-def input_inodes(target: Path, inputs: Iterable[str | Path]) -> frozenset[Inode]:
+def input_inodes(target: Path, inputs: Iterable[str | Path], option: str = "-o") -> frozenset[Inode]:
     """The inputs by inode, which no spelling, link or letter case can disguise; raises :class:`UsageError`."""
     above = list(_chain(target))
     own = next(_chain(target), None) if os.path.lexists(target) else None
@@ -50,16 +54,16 @@ def input_inodes(target: Path, inputs: Iterable[str | Path]) -> frozenset[Inode]
             raise UsageError(f"cannot open {shown(given)}", why=str(error), slug="not-found") from None
         around = {*_chain(Path(os.path.abspath(given))), *_chain(Path(os.path.realpath(given)))}
         if inode in above or own in around:
-            raise _is_input(target, given)
+            raise _is_input(target, given, option)
         inodes.add(inode)
     return frozenset(inodes)
 
 
-def _is_input(target: Path, given: str | Path) -> UsageError:
+def _is_input(target: Path, given: str | Path, option: str = "-o") -> UsageError:
     return UsageError(
         f"the output {shown(target)} is, holds or lies inside an input",
         where=shown(given),
-        hint="choose a folder outside of every input with -o",
+        hint=f"choose a place outside of every input with {option}",
         slug="output-is-input",
     )
 
@@ -104,12 +108,61 @@ def old_output(target: Path, overwrite: bool, inputs: frozenset[Inode]) -> bool:
     return True
 
 
+def old_input(target: Path, unchanged: Callable[[], None]) -> bool:
+    """True, as an input folder that is to be replaced is at ``target``.
+
+    Raises :class:`WriteFailed` where it cannot be replaced, and what ``unchanged`` raises.
+    """
+    with reported(target):
+        _check_writable(target)
+        for name, entry in _entries(target):
+            if entry.is_dir(follow_symlinks=False):
+                _check_writable(target / name)
+    unchanged()
+    return True
+
+
 def already_there(target: Path) -> WriteFailed:
     return WriteFailed(
         f"{shown(target)} exists and is not empty",
         hint="pass --overwrite to replace it, or choose another folder with -o",
         slug="output-exists",
     )
+
+
+def old_file(target: Path, overwrite: bool, mark: bytes) -> bool:
+    """Whether a file that may be replaced is at ``target``: one that begins with ``mark``, or any with ``overwrite``.
+
+    Raises :class:`WriteFailed` if something else is there.
+    """
+    with reported(target):
+        if not os.path.lexists(target):
+            return False
+        if not stat.S_ISREG(os.lstat(target).st_mode):
+            raise WriteFailed(
+                f"{shown(target)} exists and is not a file", slug="output-exists", hint="choose another name"
+            )
+        _check_writable(target.parent)
+        if not overwrite and not _begins(target, mark):
+            raise file_there(target)
+    return True
+
+
+def file_there(target: Path) -> WriteFailed:
+    return WriteFailed(
+        f"{shown(target)} exists",
+        why="only what loraconv wrote there before is replaced",
+        hint="pass --overwrite to replace it, or choose another name",
+        slug="output-exists",
+    )
+
+
+def _begins(path: Path, mark: bytes) -> bool:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, len(mark)) == mark
+    finally:
+        os.close(descriptor)
 
 
 def _foreign(target: Path, inputs: frozenset[Inode]) -> Iterator[str]:
@@ -123,22 +176,23 @@ def _foreign(target: Path, inputs: frozenset[Inode]) -> Iterator[str]:
             _check_writable(target / name)
             ours = name in folders
         else:
-            ours = name in files and entry.is_file(follow_symlinks=False)
+            ours = name in files and (entry.is_symlink() if files[name] else entry.is_file(follow_symlinks=False))
         if not ours:
             yield name
 
 
-def _listed(target: Path) -> set[str]:
-    """The file names in the manifest of ``target`` and the manifest's own; nothing if there is no valid one."""
+def _listed(target: Path) -> dict[str, bool]:
+    """The files in the manifest of ``target`` and itself, with whether each is a link; nothing if it is not valid."""
     path = target / MANIFEST
     try:
         info = os.lstat(path)
         if not stat.S_ISREG(info.st_mode) or info.st_size > MANIFEST_LIMIT:
-            return set()
-        names = [entry["name"] for entry in json.loads(path.read_bytes())["files"]]
-    except (FileNotFoundError, ValueError, TypeError, LookupError, RecursionError):
-        return set()
-    return {MANIFEST, *names} if all(isinstance(name, str) for name in names) else set()
+            return {}
+        entries = json.loads(path.read_bytes())["files"]
+        files = {entry["name"]: entry.get("linked") is True for entry in entries}
+    except (FileNotFoundError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return {}
+    return {MANIFEST: False, **files} if all(isinstance(name, str) for name in files) else {}
 
 
 def _entries(folder: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
@@ -193,7 +247,7 @@ def reported(path: Path, needed: int = 0) -> Iterator[None]:
 def write_failed(path: Path, error: OSError, needed: int) -> WriteFailed:
     why, slug = error.strerror or str(error), "write-failed"
     folder = quoted(_existing(path.parent))
-    hint = f"choose another folder with -o, or look at this one: ls -ld {folder}"
+    hint = f"choose another folder, or look at this one: ls -ld {folder}"
     if error.errno in _NO_SPACE:
         slug, hint = "no-space", f"free some space: df -h {folder}"
         with suppress(OSError):

@@ -1,15 +1,17 @@
 """Writing a state dict as a torch zip file, as a stream and without torch: what ``torch.load`` reads with
 ``weights_only=True``.
 
-Only plain strings, numbers, dicts and tensors are written. The file is the same byte for byte every time.
+Only plain values, ordered dicts, sizes and tensors are written. The file is the same byte for byte every time.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from loraconv.io.atomic import OutputFile
 from loraconv.lazy import Lazy, nbytes
@@ -34,10 +36,19 @@ _FLAGS = 0x808
 _SATURATED = 0xFFFFFFFF
 
 
-def write_torch(file: OutputFile, tensors: Mapping[str, Lazy], scalars: Mapping[str, int]) -> None:
-    """Write ``{"module": tensors, **scalars}``; every tensor gets a storage of its own."""
+class Size(tuple[int, ...]):
+    """A shape among the plain values: read back as ``torch.Size``."""
+
+
+def write_torch(file: OutputFile, tensors: Mapping[str, Lazy], rest: Mapping[str, Any]) -> None:
+    """Write ``{"module": tensors, **rest}``; every tensor gets a storage of its own.
+
+    ``rest`` holds None, bool, int, float, str, list, dict, OrderedDict, :class:`Size`, and tensors of ``tensors``
+    itself (the same object: both names then share a storage). Raises TypeError for anything else.
+    """
     zipped = _Zip(file)
-    zipped.add("data.pkl", _pickled(tensors, scalars))
+    numbers = {id(tensor): number for number, tensor in enumerate(tensors.values())}
+    zipped.add("data.pkl", _pickled(tensors, rest, numbers))
     zipped.add("byteorder", b"little")
     for number, tensor in enumerate(tensors.values()):
         zipped.add_tensor(f"data/{number}", tensor)
@@ -86,10 +97,29 @@ def _tensor(number: int, tensor: Lazy) -> bytes:
     return _global("torch._utils", "_rebuild_tensor_v2") + b"(" + arguments + b"tR"
 
 
-def _pickled(tensors: Mapping[str, Lazy], scalars: Mapping[str, int]) -> bytes:
+def _pickled(tensors: Mapping[str, Lazy], rest: Mapping[str, Any], numbers: Mapping[int, int]) -> bytes:
     module = b"".join(_text(name) + _tensor(number, tensor) for number, (name, tensor) in enumerate(tensors.items()))
-    rest = b"".join(_text(key) + _int(value) for key, value in scalars.items())
-    return b"\x80\x02}(" + _text("module") + b"}(" + module + b"u" + rest + b"u."
+    items = b"".join(_text(key) + _value(value, numbers) for key, value in rest.items())
+    return b"\x80\x02}(" + _text("module") + b"}(" + module + b"u" + items + b"u."
+
+
+def _value(value: Any, numbers: Mapping[int, int]) -> bytes:
+    if value is None or isinstance(value, bool):
+        return {None: b"N", True: b"\x88", False: b"\x89"}[value]
+    if isinstance(value, int | float):
+        return _int(value) if isinstance(value, int) else b"G" + struct.pack(">d", value)
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, Size):
+        return _global("torch", "Size") + b"(" + _tuple(value) + b"tR"
+    if isinstance(value, list):
+        return b"](" + b"".join(_value(item, numbers) for item in value) + b"e"
+    if isinstance(value, dict):
+        begin = _global("collections", "OrderedDict") + b")R" if isinstance(value, OrderedDict) else b"}"
+        return begin + b"(" + b"".join(_value(k, numbers) + _value(v, numbers) for k, v in value.items()) + b"u"
+    if id(value) in numbers:
+        return _tensor(numbers[id(value)], value)
+    raise TypeError(f"{type(value).__name__} is no plain value")
 
 
 # --- zip, stored, with zip64 where a size or offset needs it -------------------------------------------------------

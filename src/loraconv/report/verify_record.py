@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from loraconv.verification.record import RecordResult
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loraconv.verification.record import RecordResult
 
 
 def verdict(result: RecordResult) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
+from loraconv.verifier.delta import ModuleResult, compare_module
 from loraconv.verifier.numbers import Expectation, Held, Pair, Tensor, coarse, values
 from loraconv.verifier.proof import Control
 
@@ -12,19 +13,56 @@ Pairs = Mapping[str, Pair]
 Judge = Callable[[Expectation, Pairs], str]
 
 
-def adapter_controls(expected: Expectation, stored: Pairs, judge: Judge) -> tuple[Control, ...]:
+def adapter_controls(
+    expected: Expectation, stored: Pairs, judge: Judge, harmless: Harmless | None = None
+) -> tuple[Control, ...]:
     """Make each mistake in a few modules of the stored adapter and let ``judge`` name the check that fails.
 
-    A mistake that leaves every number as it is (twice zero) cannot be caught and is recorded as such.
+    A mistake that is ``harmless``, which without that leaves every number as it is (twice zero), cannot be caught and
+    is recorded as such.
     """
     import numpy as np
 
     # Infinity times zero is one of the mistakes.
     with np.errstate(over="ignore", invalid="ignore"):
-        return tuple(_control(expected, name, spoilt, judge) for name, spoilt in _mistakes(stored))
+        harmless = harmless or _changes_nothing
+        return tuple(_control(expected, name, spoilt, judge, harmless) for name, spoilt in _mistakes(stored))
 
 
-def _control(expected: Expectation, name: str, spoilt: Spoilt | None, judge: Judge) -> Control:
+def comparison_controls(
+    one: Pairs, other: Pairs, results: Iterable[ModuleResult], bound: float | None
+) -> tuple[Control, ...]:
+    """Make each mistake in a few modules of ``other``, which was found to be the same as ``one``, and compare again.
+
+    A mistake has to break what made the modules the same: that every number was equal, or equal but for one rounding;
+    else that the deltas were, within the ``bound`` of the comparison. A mistake that leaves the deltas as they are is
+    recorded as such.
+    """
+    results = list(results)
+    exact, near = all(result.equal for result in results), bound is None and all(result.near for result in results)
+
+    def judge(part: Expectation, spoilt: Pairs) -> str:
+        if set(part.pairs) != set(spoilt):
+            return "modules"
+        again = [compare_module(m, pair, spoilt[m], bound) for m, pair in part.pairs.items()]
+        if exact:
+            return "" if all(result.equal for result in again) else "numbers"
+        if near:
+            return "" if all(result.near for result in again) else "roundings"
+        return "" if all(result.same for result in again) else "delta"
+
+    dtypes = {module: (pair.down.dtype, pair.up.dtype) for module, pair in other.items()}
+    return adapter_controls(Expectation(one, dtypes), other, judge, _same_deltas)
+
+
+def _same_deltas(spoilt: Spoilt) -> bool:
+    """True if float64 sees no difference between the deltas before and after."""
+    if set(spoilt.before) != set(spoilt.after):
+        return False
+    return all(compare_module(m, pair, spoilt.after[m], bound=2.0**-40).same for m, pair in spoilt.before.items())
+
+
+def _control(expected: Expectation, name: str, spoilt: Spoilt | None, judge: Judge, harmless: Harmless) -> Control:
     if not spoilt:
         return Control(name, None, "this adapter has no place for it")
     touched = [m for m in spoilt.before if m in expected.pairs]
@@ -36,7 +74,7 @@ def _control(expected: Expectation, name: str, spoilt: Spoilt | None, judge: Jud
     failed = judge(part, spoilt.after)
     if failed:
         return Control(name, True, failed)
-    if _changes_nothing(spoilt):
+    if harmless(spoilt):
         return Control(name, None, "it changes no number here")
     return Control(name, False, "")
 
@@ -46,6 +84,9 @@ class Spoilt:
 
     def __init__(self, before: dict[str, Pair], after: dict[str, Pair]) -> None:
         self.before, self.after = before, after
+
+
+Harmless = Callable[[Spoilt], bool]
 
 
 def _changes_nothing(spoilt: Spoilt) -> bool:

@@ -1,27 +1,39 @@
 """Why two adapters differ, in the words a user needs, and the command that mends it.
 
 Each finding is a hypothesis that was tested on the numbers: with it undone, the adapters agree. Adapters that are the
-same never have one.
+same never have one. What tells the two formats apart (names, where the scale stands) is gone before this is asked, so
+no sentence speaks of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
-from loraconv.names import fold_names
+from loraconv.names import fold_names, printable
 from loraconv.verifier.delta import (
     ModuleResult,
+    delta_norm,
     is_finite,
     is_zero,
     projection,
     relative_room,
     rounded_through,
+    sides,
     transposed,
 )
-from loraconv.verifier.numbers import Pair
+from loraconv.verifier.numbers import Pair, difference_norm
+from loraconv.verifier.spectrum import singular_values
 
 Pairs = Mapping[str, Pair]
+#: Module -> the scale that the trainer used, by the record of an earlier conversion; without ``""`` for all others.
+Scales = Mapping[str, Fraction]
+
+_AGAIN = "loraconv convert {one} -o OUT --to {to}"
+#: Constants are told apart by name from this relative distance on.
+_ALIKE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,87 +46,182 @@ class Finding:
     modules: tuple[str, ...]
 
 
-def diagnose(one: Pairs, other: Pairs, results: list[ModuleResult]) -> list[Finding]:
-    """The causes of every difference between two adapters, most telling first; empty if they are the same."""
+def shown(names: Iterable[str]) -> str:
+    """Names folded by layer; of many, the first four and how many more there are."""
+    folded = fold_names(names)
+    more = f"; and {len(folded) - 4} more like these" if len(folded) > 4 else ""
+    return "; ".join(folded[:4]) + more
+
+
+def finding(slug: str, text: str, names: Iterable[str], mend: str) -> Finding:
+    """The finding whose sentence is ``text`` and the names."""
+    names = tuple(names)
+    return Finding(slug, f"{text} {shown(names)}", mend, names)
+
+
+def addressed(findings: Iterable[Finding], **words: str) -> tuple[Finding, ...]:
+    """The findings with the paths and words that the ``{...}`` in their commands stand for."""
+    return tuple(replace(found, mend=found.mend.format(**words)) for found in findings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Two:
+    """Both adapters, the modules that are the same, and the scales that their trainers used where they are recorded."""
+
+    one: Pairs
+    other: Pairs
+    right: frozenset[str]
+    trained: tuple[Scales, Scales]
+
+
+def diagnose(
+    one: Pairs, other: Pairs, results: list[ModuleResult], trained: tuple[Scales, Scales] = ({}, {})
+) -> list[Finding]:
+    """The causes of every difference between two adapters, most telling first; empty if they are the same.
+
+    In a ``mend``, ``{one}`` and ``{other}`` stand for the two paths and ``{to}`` for the format of the second.
+    """
+    two = _Two(one, other, frozenset(r.module for r in results if r.same), trained)
     missing, extra = [m for m in one if m not in other], [m for m in other if m not in one]
-    wrong = [r.module for r in results if not r.same]
+    left = [r.module for r in results if not r.same]
     findings = list(_by_name(missing, extra))
-    nan = [m for m in wrong if not (is_finite(one[m]) and is_finite(other[m]))]
-    if nan:
-        findings.append(_finding("nonfinite", "one of them holds NaN or Inf, in", nan, "use an earlier checkpoint"))
-    left = [m for m in wrong if m not in nan]
-    for test in (_scaled, _zeroed, _swapped, _shifted, _transposed, _coarser):
-        for finding in test(one, other, left):
-            findings.append(finding)
-            left = [m for m in left if m not in finding.modules]
+    for test in _TESTS:
+        for found in test(two, left):
+            findings.append(found)
+            left = [m for m in left if m not in found.modules]
     if left:
+        worst = max(r.error for r in results if r.module in left)
         findings.append(
-            _finding("other", "they are different adapters in", left, "compare the runs that they came from")
+            finding(
+                "other",
+                f"the deltas are up to {worst:.1e} apart (relative) and no known mistake explains it, so these are"
+                " different adapters:",
+                left,
+                "compare the runs that they came from: loraconv inspect {one}; loraconv inspect {other}",
+            )
         )
     return findings
 
 
-def _finding(slug: str, text: str, modules: list[str], mend: str) -> Finding:
-    return Finding(slug, f"{text} {'; '.join(fold_names(modules)[:4])}", mend, tuple(modules))
-
-
 def _by_name(missing: list[str], extra: list[str]) -> Iterator[Finding]:
     if missing:
-        yield _finding(
-            "missing", "the second lacks", missing, "convert the first again: loraconv convert A -o OUT --to ..."
-        )
+        yield finding("missing", "the second lacks", missing, _AGAIN)
     if extra:
-        yield _finding("extra", "only the second has", extra, "loraconv inspect B")
+        yield finding("extra", "only the second has", extra, _AGAIN)
 
 
 def _tolerance(one: Pair, other: Pair) -> float:
-    """The relative error that is no difference: what the roundings of either side's stored numbers can make."""
-    return max(relative_room(one), relative_room(other))
+    """The relative error that is no difference: what the roundings of either side's stored numbers can make; 0 where a
+    delta is zero, which is like no other."""
+    room = max(relative_room(one), relative_room(other))
+    return room if math.isfinite(room) else 0.0
 
 
-def _scaled(one: Pairs, other: Pairs, left: list[str]) -> Iterator[Finding]:
+def _nonfinite(two: _Two, left: list[str]) -> Iterator[Finding]:
+    bad = {m: (not is_finite(two.one[m]), not is_finite(two.other[m])) for m in left}
+    for whose, which, mend in (
+        ((True, True), "both hold", "use an earlier checkpoint: the training diverged"),
+        ((True, False), "the first holds", "use an earlier checkpoint than the first: the training diverged"),
+        ((False, True), "the second holds", _AGAIN),
+    ):
+        modules = [m for m in left if bad[m] == whose]
+        if modules:
+            yield finding("nonfinite", f"{which} NaN or Inf in", modules, mend)
+
+
+def _scaled(two: _Two, left: list[str]) -> Iterator[Finding]:
     """Modules whose delta is the other's times one constant."""
     by_constant: dict[float, list[str]] = {}
     for module in left:
-        constant, rest = projection(one[module], other[module])
-        if rest <= _tolerance(one[module], other[module]) and constant:
-            near = next((c for c in by_constant if abs(c - constant) <= abs(c) * 1e-3), constant)
+        pair, second = two.one[module], two.other[module]
+        constant, rest = projection(pair, second)
+        tolerance = _tolerance(pair, second)
+        if rest <= tolerance and abs(constant - 1) > tolerance:
+            near = next((c for c in by_constant if _alike(c, constant)), constant)
             by_constant.setdefault(near, []).append(module)
     for constant, modules in by_constant.items():
-        pair, second = one[modules[0]], other[modules[0]]
-        if abs(constant - 1) <= _tolerance(pair, second):
-            continue
-        yield _finding(
+        yield finding(
             "scale",
-            f"the second is {constant:.6g} times as strong ({_why(constant, pair, second)}) in",
+            f"the second is {constant:.6g} times as strong ({_why(constant, two, modules[0])}) in",
             modules,
-            "convert it again with the alpha it was trained with: loraconv convert A -o OUT --to ... --alpha ALPHA",
+            f"{_AGAIN} --alpha ALPHA, with the lora_alpha it was trained with",
         )
 
 
-def _why(constant: float, one: Pair, other: Pair) -> str:
-    """What the constant is, in terms of rank and scale."""
-    rank, scale, second = float(one.shape[1]), float(one.scale), float(other.scale)
-    names = [
-        (rank, "multiplied by the rank"),
-        (1 / rank, "divided by the rank"),
-        (1 / scale if scale else 0.0, "alpha ignored"),
-        (scale, "the scale applied twice"),
-        (-1.0, "the sign turned"),
-        (2.0, "doubled"),
-        (0.5, "halved"),
-    ]
-    fitting = [name for value, name in names if value and value != 1.0 and abs(constant - value) <= abs(value) * 1e-3]
-    return " or ".join(fitting) or f"the first has scale {scale:.6g}, the second {second:.6g}"
+def _alike(one: float, other: float) -> bool:
+    return abs(one - other) <= abs(other) * _ALIKE
 
 
-def _zeroed(one: Pairs, other: Pairs, left: list[str]) -> Iterator[Finding]:
-    for first, second, which in ((one, other, "second"), (other, one, "first")):
+def _why(constant: float, two: _Two, module: str) -> str:
+    """What the constant can be, in terms of rank and scale; more than one explanation may fit."""
+    pair, second = two.one[module], two.other[module]
+    rank, (first_scale, second_scale) = float(pair.shape[1]), _scales(two, module)
+    names = [(rank, "multiplied by the rank"), (1 / rank, "divided by the rank")]
+    if first_scale not in (0, 1):
+        names += [
+            (1 / first_scale, "alpha ignored in the second"),
+            (first_scale, "the scale squared: applied twice in the second"),
+        ]
+    elif second_scale not in (0, 1):
+        names += [
+            (second_scale, "alpha ignored in the first"),
+            (1 / second_scale, "the scale squared: applied twice in the first"),
+        ]
+    names += [(-1.0, "the sign turned"), (2.0, "doubled"), (0.5, "halved")]
+    fitting = [name for value, name in names if value != 1.0 and _alike(constant, value)]
+    told = f"the first is applied at scale {float(pair.scale):.6g}, the second at {float(second.scale):.6g}"
+    return " or ".join(fitting) or told
+
+
+def _scales(two: _Two, module: str) -> tuple[float, float]:
+    """The scale that each was trained with as far as it tells: a recorded one, or the one it is applied at."""
+    pairs = two.one[module], two.other[module]
+    first, second = (
+        float(known.get(module, known.get("", pair.scale))) for known, pair in zip(two.trained, pairs, strict=True)
+    )
+    return first, second
+
+
+def _zeroed(two: _Two, left: list[str]) -> Iterator[Finding]:
+    for first, second, which, mend in (
+        (two.one, two.other, "second", _AGAIN),
+        (two.other, two.one, "first", "use a later checkpoint than the first, which was saved before it had moved"),
+    ):
         empty = [m for m in left if is_zero(second[m]) and not is_zero(first[m])]
         if empty:
-            yield _finding(
-                "zero", f"the {which} does nothing: a factor is zero everywhere, in", empty, "loraconv inspect A"
+            text = f"the {which} does nothing: a factor or the scale is zero, in"
+            yield finding("zero", text, empty, mend)
+
+
+def _truncated(two: _Two, left: list[str]) -> Iterator[Finding]:
+    """The best approximation of a lower rank, which by Eckart and Young is as far away as the singular values that it
+    leaves out."""
+    for whole, part, which, mend in (
+        (two.one, two.other, "second", _AGAIN),
+        (two.other, two.one, "first", "use the second, which has the whole rank"),
+    ):
+        groups: dict[tuple[int, int], dict[str, float]] = {}
+        for module in left:
+            share = _share(whole[module], part[module])
+            if share is not None:
+                groups.setdefault((part[module].shape[1], whole[module].shape[1]), {})[module] = share
+        for (low, high), shares in groups.items():
+            text = (
+                f"the {which} has rank {low} of {high}: the best approximation of that rank, which holds"
+                f" {min(shares.values()):.2%} of the delta (of its squared norm), in"
             )
+            yield finding("rank", text, shares, mend)
+
+
+def _share(whole: Pair, part: Pair) -> float | None:
+    """How much of the squared norm the best approximation of a lower rank holds; None if ``part`` is not that."""
+    (out, rank, into), (own_out, low, own_into) = whole.shape, part.shape
+    if low >= rank or (out, into) != (own_out, own_into):
+        return None
+    squares = [value**2 for value in singular_values(whole)]
+    norm, rest = math.sqrt(math.fsum(squares)), math.sqrt(math.fsum(squares[low:]))
+    error = difference_norm(*sides(whole), *sides(part))
+    return 1 - (error / norm) ** 2 if norm and error <= rest + _tolerance(whole, part) * norm else None
 
 
 def _matches(one: Pair, other: Pair) -> bool:
@@ -122,17 +229,17 @@ def _matches(one: Pair, other: Pair) -> bool:
     return rest <= _tolerance(one, other) and abs(constant - 1) <= _tolerance(one, other)
 
 
-def _permuted(one: Pairs, other: Pairs, left: list[str], partner: Callable[[str], str | None]) -> list[str]:
-    """The modules whose second delta is the first's of their partner."""
-    found = []
+def _permuted(two: _Two, left: list[str], partner: Callable[[str], str | None]) -> dict[str, str]:
+    """The modules whose second delta is the first's of their partner, and the partner."""
+    found = {}
     for module in left:
         source = partner(module)
-        if source is not None and source in one and _matches(one[source], other[module]):
-            found.append(module)
+        if source is not None and source in two.one and _matches(two.one[source], two.other[module]):
+            found[module] = source
     return found
 
 
-def _swapped(one: Pairs, other: Pairs, left: list[str]) -> Iterator[Finding]:
+def _swapped(two: _Two, left: list[str]) -> Iterator[Finding]:
     for first, second in (("to_q", "to_k"), ("to_q", "to_v"), ("to_k", "to_v")):
         ends = {first: second, second: first}
 
@@ -140,17 +247,13 @@ def _swapped(one: Pairs, other: Pairs, left: list[str]) -> Iterator[Finding]:
             head, _, end = module.rpartition(".")
             return f"{head}.{ends[end]}" if end in ends else None
 
-        found = _permuted(one, other, left, partner)
-        if found:
-            yield _finding(
-                "swapped",
-                f"{first} and {second} are swapped in",
-                found,
-                "convert it again with this version: loraconv convert A -o OUT --to ...",
-            )
+        found = _permuted(two, left, partner)
+        both = [module for module, source in found.items() if source in found]
+        if both:
+            yield finding("swapped", f"{first} and {second} are swapped in", both, _AGAIN)
 
 
-def _shifted(one: Pairs, other: Pairs, left: list[str]) -> Iterator[Finding]:
+def _shifted(two: _Two, left: list[str]) -> Iterator[Finding]:
     for step in (1, -1):
 
         def partner(module: str, step: int = step) -> str | None:
@@ -160,39 +263,58 @@ def _shifted(one: Pairs, other: Pairs, left: list[str]) -> Iterator[Finding]:
                 return None
             return ".".join([*steps[:at], str(int(steps[at]) + step), *steps[at + 1 :]])
 
-        found = _permuted(one, other, left, partner)
-        if found:
-            yield _finding(
-                "shifted",
-                f"layers are shifted: the second has the first's layer {step:+d} in",
-                found,
-                "convert it again with this version: loraconv convert A -o OUT --to ...",
-            )
+        # A layer that is right itself was not shifted: then the factors were copied, which the next test tells.
+        moved = [m for m, source in _permuted(two, left, partner).items() if source not in two.right]
+        if moved:
+            text = f"layers are shifted: the second has the first's layer {step:+d} in"
+            yield finding("shifted", text, moved, _AGAIN)
 
 
-def _transposed(one: Pairs, other: Pairs, left: list[str]) -> Iterator[Finding]:
-    found = [m for m in left if _matches(transposed(one[m]), other[m])]
+def _misplaced(two: _Two, left: list[str]) -> Iterator[Finding]:
+    """Factors of one module that stand in another, as well or instead."""
+    sizes = {module: (delta_norm(pair), relative_room(pair)) for module, pair in two.one.items()} if left else {}
+    found: dict[str, str] = {}
+    for module in left:
+        own, room = delta_norm(two.other[module]), relative_room(two.other[module])
+        near = [m for m, (norm, r) in sizes.items() if m != module and abs(norm - own) <= own * max(r, room)]
+        source = next((m for m in near if _matches(two.one[m], two.other[module])), None)
+        if source is not None:
+            found[module] = source
+    for slug, kept, where in (("duplicated", True, "in another as well"), ("moved", False, "in the place of another")):
+        modules = [m for m, source in found.items() if (source in two.right) == kept]
+        if modules:
+            example = f"{printable(modules[0])} those of {printable(found[modules[0]])}"
+            text = f"the second has the factors of one module {where} ({example}), in"
+            yield finding(slug, text, modules, _AGAIN)
+
+
+def _transposed(two: _Two, left: list[str]) -> Iterator[Finding]:
+    found = [m for m in left if _matches(transposed(two.one[m]), two.other[m])]
     if found:
-        yield _finding(
-            "transposed", "the delta is transposed in", found, "convert it again: loraconv convert A -o OUT --to ..."
-        )
+        yield finding("transposed", "the delta is transposed in", found, _AGAIN)
 
 
-def _coarser(one: Pairs, other: Pairs, left: list[str]) -> Iterator[Finding]:
+def _coarser(two: _Two, left: list[str]) -> Iterator[Finding]:
     """Numbers that are all of a narrower dtype than they are stored in: a cast there and back."""
-    for dtype in ("BF16", "F16"):
-        found = []
-        for module in left:
-            constant, rest = projection(one[module], other[module])
-            room = relative_room(one[module], dtype)
-            near = rest <= room and abs(constant - 1) <= room
-            if near and rounded_through(other[module], dtype) and not rounded_through(one[module], dtype):
-                found.append(module)
-        if found:
-            yield _finding(
-                "precision",
-                f"the second was cast through {dtype} on its way, in",
-                found,
-                "convert the first again without --dtype",
-            )
-            return
+    for fine, cast, which, mend in (
+        (two.one, two.other, "second", _AGAIN),
+        (two.other, two.one, "first", "use the second, which has all digits"),
+    ):
+        for dtype in ("BF16", "F16"):
+            found = [m for m in left if _is_cast(fine[m], cast[m], dtype)]
+            if found:
+                yield finding("precision", f"the {which} was cast through {dtype} on its way, in", found, mend)
+                return
+
+
+def _is_cast(fine: Pair, cast: Pair, dtype: str) -> bool:
+    constant, rest = projection(fine, cast)
+    room = relative_room(fine, dtype)
+    near = rest <= room and abs(constant - 1) <= room
+    return near and rounded_through(cast, dtype) and not rounded_through(fine, dtype)
+
+
+Test = Callable[[_Two, list[str]], Iterator[Finding]]
+_TESTS: tuple[Test, ...] = (
+    _nonfinite, _scaled, _zeroed, _truncated, _swapped, _shifted, _misplaced, _transposed, _coarser,
+)  # fmt: skip

@@ -1,8 +1,8 @@
 """When two stored numbers are the same, and how far apart two low-rank products are.
 
 The bounds come from the dtypes alone: a number stored once in a dtype may be half a unit in the last place away from
-the exact one, and no more. Error of a product: ``|| s1 B1 A1 - s2 B2 A2 ||_F`` from the QR of the stacked factors, at
-rank size, with no full-size product and without the cancellation that a Gram matrix would bring.
+the exact one, and no more. Error of a product: ``|| s1 B1 A1 - s2 B2 A2 ||_F`` at rank size, with no full-size product
+and without the cancellation that the Gram matrix of the difference would bring.
 """
 
 from __future__ import annotations
@@ -186,12 +186,37 @@ def product_norm(up: Array, down: Array) -> float:
 
 
 def difference_norm(up: Array, down: Array, other_up: Array, other_down: Array) -> float:
-    """``|| up @ down - other_up @ other_down ||_F`` through the stacked factors."""
+    """``|| up @ down - other_up @ other_down ||_F``, at rank size; infinite for NaN or Inf.
+
+    For any ``X`` the difference is ``up @ (down - X @ other_down) + (up @ X - other_up) @ other_down``. With the ``X``
+    of least squares both parts are as small as their sum, so that Gram matrices cancel nothing: this takes half the
+    time of a QR of the stacked factors, and is closer to the truth.
+    """
     import numpy as np
 
-    stacked_up = np.concatenate([up, -other_up], axis=1)
-    stacked_down = np.concatenate([down, other_down], axis=0)
-    return product_norm(stacked_up, stacked_down)
+    if not all(np.isfinite(factor).all() for factor in (up, down, other_up, other_down)):
+        return float("inf")
+    gram, across, other_gram = up.T @ up, up.T @ other_up, other_down @ other_down.T
+    turn = _least_squares(gram, across)
+    first, second = down - turn @ other_down, up @ turn - other_up
+    square = np.sum(gram * (first @ first.T)) + np.sum((second.T @ second) * other_gram)
+    # The two parts are at right angles but for what the solution leaves, which seldom counts: then it is added.
+    left = _norm(gram @ turn - across) * _norm(first) * _norm(other_down)
+    if not left <= 2.0**-20 * square:
+        square += 2 * np.sum((up.T @ second) * (first @ other_down.T))
+    return float(np.sqrt(max(square, 0.0))) if np.isfinite(square) else float("inf")
+
+
+def _least_squares(gram: Array, across: Array) -> Array:
+    """The solution of ``gram @ X = across``, refined once, with columns of very different length or that depend on each
+    other allowed for: the equations are balanced, and a little added to the diagonal keeps X bounded."""
+    import numpy as np
+
+    size = np.sqrt(np.diagonal(gram))
+    size = np.where(size > 0, size, 1.0)[:, None]
+    even = gram / (size * size.T) + 2.0**-40 * np.eye(len(gram))
+    turn = np.linalg.solve(even, across / size) / size
+    return np.asarray(turn + np.linalg.solve(even, (across - gram @ turn) / size) / size)
 
 
 def coarse(array: Array) -> Array:

@@ -3,6 +3,7 @@ mistakes they catch. It survives a trip through JSON unchanged."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,6 +30,12 @@ class Control:
     by: str
 
 
+def caught(controls: Iterable[Control]) -> str:
+    """``8/8``: controls caught, of those that change anything."""
+    real = [c for c in controls if c.caught is not None]
+    return f"{sum(c.caught is True for c in real)}/{len(real)}"
+
+
 @dataclass(frozen=True, slots=True)
 class Proof:
     """The checks and controls of one output (``subject``: adapter or base)."""
@@ -46,8 +53,7 @@ class Proof:
     @property
     def caught(self) -> str:
         """``8/8``: controls caught, of those that change anything."""
-        real = [c for c in self.controls if c.caught is not None]
-        return f"{sum(c.caught is True for c in real)}/{len(real)}"
+        return caught(self.controls)
 
     @property
     def rounded(self) -> bool:

@@ -1,8 +1,7 @@
 """Level L3: the real consumer. diffusers loads the converted base and LoRA, and its forward pass is compared with one
 that was recorded from the model that trained them.
 
-The only module of the package that imports diffusers (and with it torch and peft); nothing on the way of a conversion
-imports it.
+It imports diffusers (and with it torch and peft), so nothing on the way of a conversion imports it.
 """
 
 from __future__ import annotations

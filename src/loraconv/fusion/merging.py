@@ -1,0 +1,303 @@
+"""The sum of a base weight and its adapters, correctly rounded: ``round(base + sum(factor * up @ down))``.
+
+The result is the number of the output's dtype that is nearest to the exact sum (ties to even). Its bytes are the same
+whatever BLAS, machine or number of threads made the products. There are three steps, each for what the one before could
+not decide: a sum in float32 with a bound on its error (16-bit outputs only); float64 for the elements that this error
+could round to another number; exact fractions for those that even the error of float64 could.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from loraconv.errors import CorruptCheckpoint
+from loraconv.lazy import Averaged, Lazy, TensorRef, decode, encode, read, times
+from loraconv.names import DTYPE_WORDS, printable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+#: The dtypes that a base weight and the result may have.
+DTYPES = ("F16", "BF16", "F32")
+#: The elements of one block of rows: what is computed in one go, so that it stays in a core's cache.
+BLOCK = 1 << 18
+#: From this share of undecided elements on, a product in float64 is faster than picking them out, and from this one on
+#: float64 for the whole sum.
+_SOME, _MANY = 1 / 128, 1 / 16
+
+#: dtype -> (bits by which float32 is longer, power of two that takes the dtype's exponents to those of float32).
+_NARROW = {"F16": (13, -112), "BF16": (16, 0)}
+#: dtype -> (significant bits, exponent of its smallest number, unsigned integer of its size, bits of infinity).
+_GRID = {"F16": (11, -24, "<u2", 0x7C00), "BF16": (8, -133, "<u2", 0x7F80), "F32": (24, -149, "<u4", 0x7F800000)}
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One adapter's part of a weight: ``factor * up @ down``, ``up`` of shape (out, rank), ``down`` (rank, in)."""
+
+    up: Lazy
+    down: Lazy
+    factor: Fraction
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The factors of all terms side by side, in float64 and once more in float32: ``up`` (out, ranks) with ``factor``
+    multiplied in, ``down`` (in, ranks): transposed, so that single elements are made of two runs of numbers.
+
+    ``rows`` and ``columns`` are the norms of the rows of ``up`` and of the columns of ``down``. By Cauchy and Schwarz
+    their products are at least ``|up| @ |down|``, to which the error of the product is proportional. ``exact`` has the
+    factors one by one, as they are in the file.
+    """
+
+    up: Array
+    down: Array
+    single_up: Array
+    single_down: Array
+    rows: Array
+    columns: Array
+    exact: tuple[tuple[Array, Array, Fraction], ...]
+
+    def part(self, rows: slice) -> Factors:
+        """The factors of some rows of the product."""
+        return replace(
+            self,
+            up=self.up[rows],
+            single_up=self.single_up[rows],
+            rows=self.rows[rows],
+            exact=tuple((up[rows], down, factor) for up, down, factor in self.exact),
+        )
+
+
+def stack(terms: Sequence[Term]) -> Factors:
+    """Read the factors of one weight."""
+    import numpy as np
+
+    exact = tuple((_values(t.up), _values(t.down), t.factor) for t in terms)
+    up = np.concatenate([u * float(factor) for u, _, factor in exact], axis=1)
+    down = np.ascontiguousarray(np.concatenate([d for _, d, _ in exact], axis=0).T)
+    with np.errstate(over="ignore"):  # what is infinite in float32 is decided in float64
+        single_up, single_down = up.astype(np.float32), down.T.astype(np.float32, order="C")
+    return Factors(up, down, single_up, single_down, np.linalg.norm(up, axis=1), np.linalg.norm(down, axis=1), exact)
+
+
+def _values(tensor: Lazy) -> Array:
+    """The numbers of a factor in float64; a mean over ranks is not rounded to the dtype of its parts."""
+    if isinstance(tensor, Averaged):
+        return sum((read(part) for part in tensor.parts[1:]), read(tensor.parts[0])) / tensor.divisor
+    return read(tensor)
+
+
+def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """The ranges of rows in which a weight of shape (out, in) is computed."""
+    step = max(1, BLOCK // max(shape[1], 1))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
+
+
+def merge_rows(raw: bytes, ref: TensorRef, factors: Factors, dtype: str) -> bytes:
+    """Rows of a base weight with the terms added, as bytes of ``dtype`` (F16, BF16 or F32).
+
+    ``ref`` is the rows' reference, ``raw`` their bytes (F16, BF16 or F32), ``factors`` those of the same rows. Raises
+    :class:`CorruptCheckpoint` for NaN or Inf in the base (``nonfinite``), and for sums that the dtype cannot hold
+    (``overflow``).
+    """
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        if dtype in _NARROW and _keeps_subnormals():
+            bits, doubtful = _sum_single(raw, ref, factors, dtype)
+            if len(doubtful) <= _MANY * bits.size:
+                picked = np.frombuffer(raw, dtype=_GRID[ref.dtype][2])[doubtful].tobytes()
+                at = np.divmod(doubtful, ref.shape[1])
+                bits.reshape(-1)[doubtful] = _sum_double(decode(picked, ref.dtype), ref, factors, dtype, at)
+                return bits.tobytes()
+        return _sum_double(decode(raw, ref.dtype).reshape(ref.shape), ref, factors, dtype, None).tobytes()
+
+
+def cast_rows(raw: bytes, ref: TensorRef, dtype: str) -> bytes:
+    """Numbers of the base, whose bytes are ``raw``, rounded once to ``dtype``. Raises as :func:`merge_rows` does."""
+    made = encode(times(raw, ref.dtype, 1.0), dtype)
+    if not _is_finite(made, dtype):
+        raise _overflow(ref, dtype)
+    return made
+
+
+def _keeps_subnormals() -> bool:
+    """False where something set the processor to take the smallest numbers for zero (fast-math libraries do)."""
+    import numpy as np
+
+    return bool(np.float32(2.0**-149) * np.float32(1) != 0)
+
+
+def _sum_single(raw: bytes, ref: TensorRef, factors: Factors, dtype: str) -> tuple[Array, Array]:
+    """``(bits, doubtful)``: the rounded sums by way of float32, and the flat indices of those that may be wrong.
+
+    The sum is off by the product's error (see :func:`_product`) and by half a unit in the last place of float32. An
+    element is doubtful if the two ends of that interval round differently. As integers, numbers of one sign are ordered
+    like their values, so that adding half a unit of the short dtype and cutting off the bits by which float32 is longer
+    rounds them (ties away from zero, hence one unit more to either side).
+    """
+    import numpy as np
+
+    cut, shift = _NARROW[dtype]
+    half, unit = np.int32(1 << (cut - 1)), np.int32(2)
+    if not _is_finite(raw, ref.dtype):
+        raise _nonfinite(ref)
+    sums = _single(raw, ref.dtype).reshape(ref.shape)
+    product, roundings = _product(factors, sums, dtype)
+    sums += product
+    error = _error(factors, roundings, shift)
+    signs = sums.view(np.int32)
+    high = np.abs(sums)
+    if shift:
+        high *= np.float32(2.0**shift)
+    low = high - error
+    high += error
+    upper, lower = high.view(np.int32), low.view(np.int32)
+    upper += half + unit
+    upper >>= cut
+    lower += half - unit
+    lower >>= cut
+    if int(upper.max(initial=0)) >= _GRID[dtype][3]:  # too large for the dtype, or for float32 on the way
+        upper[...] = ~lower
+    doubtful = np.flatnonzero(upper != lower)
+    signs >>= 16
+    signs &= 0x8000
+    signs |= upper
+    return signs.astype(np.uint16), doubtful
+
+
+def _product(factors: Factors, base: Array, dtype: str) -> tuple[Array, int]:
+    """The product in float32, and by how many of its roundings it may be off.
+
+    In any order of summation, n products are within n roundings of ``|up| @ |down|``, plus three in the factors. Where
+    that would leave many elements doubtful, because the delta is not small against the base, the product is made in
+    float64 and rounded to float32 once.
+    """
+    import numpy as np
+
+    bits, smallest = _GRID[dtype][:2]
+    count = factors.up.shape[1] + 3
+    sample = np.abs(base.reshape(-1)[:: max(1, base.size >> 10)])
+    units = np.maximum(sample * 2.0 ** (1 - bits), 2.0**smallest)
+    error = count * 2.0**-24 * float(factors.rows.max()) * float(factors.columns.mean()) if base.size else 0.0
+    if float(np.minimum(2 * error / units, 1).sum()) > _SOME * len(sample):
+        return (factors.up @ factors.down.T).astype(np.float32), 1
+    return factors.single_up @ factors.single_down, count
+
+
+def _is_finite(raw: bytes, dtype: str) -> bool:
+    """As unsigned integers the negative numbers are greatest, as signed the positive ones, infinity and NaN last."""
+    import numpy as np
+
+    kind, infinity = _GRID[dtype][2:]
+    bits = np.frombuffer(raw, dtype=kind)
+    signed = bits.view(kind.replace("u", "i"))
+    sign = 1 << (bits.itemsize * 8 - 1)
+    return int(bits.max(initial=0)) < sign + infinity and int(signed.max(initial=0)) < infinity
+
+
+def _single(raw: bytes, dtype: str) -> Array:
+    """Finite numbers of a 16-bit dtype or F32 as an array of float32 of its own."""
+    import numpy as np
+
+    if dtype == "F32":
+        return np.frombuffer(raw, dtype="<f4").astype(np.float32)
+    # The sign comes along: a signed number is lengthened with copies of its first bit.
+    bits = np.frombuffer(raw, dtype="<i2").astype(np.int32)
+    bits <<= _NARROW[dtype][0]
+    if dtype == "F16":
+        bits &= np.int32(-0x70002000)  # sign, exponent and fraction, without the copies of the sign between them
+    values = bits.view(np.float32)
+    if dtype == "F16":
+        values *= np.float32(2.0**112)
+    return values
+
+
+def _error(factors: Factors, roundings: int, shift: int) -> Array:
+    """For each column a bound on the error that so many roundings to float32 leave in the product, times ``2**shift``.
+
+    One for all rows, by the longest, takes less time than one for each element and is hardly wider. The margin of
+    2**-10 is for the error of the bound itself, and for the sum's own half unit where the lower end lies in a much
+    lower binade. The absolute part is for what may be lost below the smallest float32, and for zero: its sign is
+    decided like that of any other number.
+    """
+    import numpy as np
+
+    gamma = roundings * 2.0**-24 / (1 - roundings * 2.0**-24) if roundings < 1 << 23 else np.inf
+    longest = float(factors.rows.max(initial=0))
+    lost = 2.0**-100 * max(1.0, longest, float(factors.columns.max(initial=0)))
+    error: Array = (factors.columns * (gamma * longest * (1 + 2.0**-10)) + lost) * 2.0**shift + 2.0**-147
+    return error.astype(np.float32)
+
+
+def _sum_double(base: Array, ref: TensorRef, factors: Factors, dtype: str, at: tuple[Array, Array] | None) -> Array:
+    """The rounded sums as bits, by way of float64: of a block of rows, or of single elements ``at`` (rows, columns)."""
+    import numpy as np
+
+    if not np.isfinite(base).all():
+        raise _nonfinite(ref)
+    if at is None:
+        sums = factors.up @ factors.down.T
+        error = factors.rows[:, None] * factors.columns
+    else:
+        sums = np.einsum("nk,nk->n", factors.up[at[0]], factors.down[at[1]])
+        error = factors.rows[at[0]] * factors.columns[at[1]]
+    sums += base
+    # As in float32: the roundings of the product and three in the factors, and one in the sum.
+    error *= (factors.up.shape[1] + 4) * 2.0**-53 * (1 + 2.0**-10)
+    error += np.abs(sums) * 2.0**-52
+    kind, infinity = _GRID[dtype][2:]
+    low, high = (
+        np.frombuffer(encode(end, dtype), dtype=kind).reshape(sums.shape) for end in (sums - error, sums + error)
+    )
+    bits = high.copy()
+    for index in zip(*np.nonzero((low != high) & np.isfinite(sums)), strict=True):
+        row, column = index if at is None else (at[0][index], at[1][index])
+        bits[index] = _exact(base[index], factors, row, column, dtype)
+    if ((bits & infinity) == infinity).any():
+        raise _overflow(ref, dtype)
+    return bits
+
+
+def _exact(base: Any, factors: Factors, row: int, column: int, dtype: str) -> int:
+    """The bits of the number of ``dtype`` that is nearest to the exact sum."""
+    import numpy as np
+
+    total = Fraction(float(base))
+    for up, down, factor in factors.exact:
+        pairs = zip(up[row].tolist(), down[:, column].tolist(), strict=True)
+        total += factor * sum(Fraction(u) * Fraction(d) for u, d in pairs)
+    bits, smallest, kind, _ = _GRID[dtype]
+    exponent = max(math.frexp(float(total))[1] - bits, smallest)
+    nearest = float(round(total / Fraction(2) ** exponent) * Fraction(2) ** exponent)  # ties to even
+    signed = math.copysign(nearest, -1.0 if total < 0 else 1.0)
+    return int(np.frombuffer(encode(np.array([signed]), dtype), dtype=kind)[0])
+
+
+def _nonfinite(ref: TensorRef) -> CorruptCheckpoint:
+    return CorruptCheckpoint(
+        f"the base holds NaN or Inf: {printable(ref.name)}",
+        where=ref.file.shown,
+        why="what is added to it stays NaN or Inf, and the model makes noise",
+        hint="fetch or copy the base again",
+        slug="nonfinite",
+    )
+
+
+def _overflow(ref: TensorRef, dtype: str) -> CorruptCheckpoint:
+    word = next(word for word, name in DTYPE_WORDS.items() if name == dtype)
+    return CorruptCheckpoint(
+        f"the fused numbers of {printable(ref.name)} are too large for {word}",
+        where=ref.file.shown,
+        why="the adapter is far too strong for this base: a wrong scale or strength, or another model's adapter",
+        hint="check the scale that was printed, or store the model in a wider dtype: --dtype bf16",
+        slug="overflow",
+    )

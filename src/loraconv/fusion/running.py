@@ -1,0 +1,164 @@
+"""The part of a fusion that writes: the shards, the rest of the base, the journal, the proof and the record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from loraconv.errors import ProofFailed
+from loraconv.fusion.adapters import Used, file_digests
+from loraconv.fusion.merging import Term, stack
+from loraconv.fusion.rest import Kept, Listing, refuse_changed
+from loraconv.fusion.result import FusedAdapter, FusedFile, FuseResult
+from loraconv.fusion.shards import Shard
+from loraconv.fusion.stream import Progress, write_shards
+from loraconv.io.atomic import OutputFolder, output_folder
+from loraconv.io.input_file import InputFile
+from loraconv.io.target import MANIFEST
+from loraconv.journal import write_journal
+from loraconv.lazy import TensorRef
+from loraconv.model_folder import Model, open_model
+from loraconv.ordered import in_order, workers
+from loraconv.verifier.fused import FusedReport, prove_fused
+from loraconv.verifier.fused import Term as ProvenTerm
+from loraconv.verifier.oracles import pairs_of
+
+Rest = Literal["copy", "link"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that will be written.
+
+    ``place`` is where in the output the weights go (empty, or a folder's name with a slash), ``index`` name and text of
+    a new index, if one is needed; ``only`` the modules that the user chose, None for all. ``replaces`` is what the
+    base's folder held when it was opened, where that folder is to be replaced.
+    """
+
+    model: Model
+    used: tuple[Used, ...]
+    terms: Mapping[str, Sequence[Term]]
+    only: Sequence[str] | None
+    dtype: str | None
+    place: str
+    shards: Sequence[Shard]
+    index: Mapping[str, str]
+    kept: Sequence[Kept]
+    rest: Rest
+    replaces: Listing | None
+
+    @property
+    def bytes(self) -> int:
+        """What has to be written, roughly."""
+        return sum(shard.bytes for shard in self.shards) + sum(kept.bytes for kept in self.kept if not self.links(kept))
+
+    def links(self, kept: Kept) -> bool:
+        """True for a file that is linked; those beside the weights are always copied."""
+        return self.rest == "link" and bool(self.place) and not kept.name.startswith(self.place)
+
+
+def run(plan: Plan, planned: FuseResult, *, overwrite: bool, journal: bool, prove: bool) -> FuseResult:
+    """Write and prove what is planned; the output is in place when this returns."""
+    model = plan.model
+    check = None if plan.replaces is None else partial(refuse_changed, model.folder, plan.replaces)
+    room = (model.bytes if journal else 0) // 8 + (1 << 20)
+    with output_folder(
+        planned.out, inputs=_inputs(plan), needed=plan.bytes + room, overwrite=overwrite, replaces=check
+    ) as folder:
+        progress = Progress(plan.bytes)
+        kept = _keep(folder, plan, progress)
+        written = write_shards(folder, plan.place, plan.shards, plan.terms, progress)
+        files = [*kept, *(FusedFile(name, file.size) for name, file in written.files.items())]
+        files += [_write_text(folder, plan.place + name, text) for name, text in plan.index.items()]
+        result = replace(planned, crc32=written.crc32, base_crc32=written.base_crc32)
+        with open_model(_output(folder, plan)) as made:
+            if prove:
+                report = _prove(plan, made.tensors)
+                result = replace(result, proofs=(report.proof,), kept=report.kept)
+            if journal:
+                files.append(_write_journal(folder, plan, made.tensors))
+        _check_unchanged(plan)
+        with workers() as pool:
+            digests = list(in_order(pool, [partial(file_digests, one) for one in plan.used]))
+        adapters = tuple(FusedAdapter.of(one, sha256) for one, sha256 in zip(plan.used, digests, strict=True))
+        result = replace(result, adapters=adapters, files=tuple(files))
+        _write_text(folder, MANIFEST, result.record())
+    return result
+
+
+def _inputs(plan: Plan) -> list[Path]:
+    """What the output may not touch. The folder that holds a single input file is no input; a replaced one is none."""
+    sources = [one.source for one in plan.used]
+    found = [path for s in sources for path in (s.path, *(f.path for f in s.files), s.config_path) if path is not None]
+    if plan.replaces is None:
+        model = plan.model
+        found += [file.path for file in model.files.values()]
+        found += [] if model.single else [model.pipeline or model.folder]
+    return found
+
+
+def _check_unchanged(plan: Plan) -> None:
+    plan.model.check_unchanged()
+    for one in plan.used:
+        one.source.check_unchanged()
+
+
+def _keep(folder: OutputFolder, plan: Plan, progress: Progress) -> list[FusedFile]:
+    """Copy or link everything besides the weights."""
+    made = []
+    with ExitStack() as opened:
+        for kept in plan.kept:
+            if plan.links(kept):
+                folder.link(kept.name, kept.path)
+                made.append(FusedFile(kept.name, kept.bytes, linked=True))
+                continue
+            source = opened.enter_context(InputFile(kept.path))
+            with folder.file(kept.name) as file:
+                file.copy(source, 0, source.size)
+            source.check_unchanged()
+            progress.add(file.size)
+            made.append(FusedFile(kept.name, file.size, file.sha256))
+    return made
+
+
+def _write_text(folder: OutputFolder, name: str, text: str) -> FusedFile:
+    with folder.file(name) as file:
+        file.write(text.encode("utf-8"))
+    return FusedFile(name, file.size, file.sha256)
+
+
+def _output(folder: OutputFolder, plan: Plan) -> Path:
+    """Where the model is that was written: its folder, or its one file if the base was one."""
+    alone = plan.model.single is not None and plan.shards[0].name == plan.model.single
+    return folder.path / plan.place / (plan.shards[0].name if alone else "")
+
+
+def _prove(plan: Plan, made: Mapping[str, TensorRef]) -> FusedReport:
+    """Compare what is on disk with base and adapters by the formats' own definitions."""
+    terms = []
+    for one in plan.used:
+        source = one.source
+        pairs = pairs_of(one.detected.dialect.name, list(source.ranks), source.metadata, source.config, one.alpha)
+        terms.append(ProvenTerm(pairs, one.strength))
+    report = prove_fused(plan.model.tensors, terms, made, only=plan.only, dtype=plan.dtype)
+    if report.proof.passed:
+        return report
+    raise ProofFailed(
+        "the fused model is not the base plus the adapters; nothing was left behind",
+        where="; ".join(report.proof.failures()[:4]) or "no control could be made",
+        why="; ".join(finding.sentence for finding in report.findings[:2]) or "a defect in loraconv, or a damaged disk",
+        hint="run the same command again; if it fails again, please report it",
+    )
+
+
+def _write_journal(folder: OutputFolder, plan: Plan, made: Mapping[str, TensorRef]) -> FusedFile:
+    def low_rank(name: str) -> tuple[Any, Any]:
+        factors = stack(plan.terms[name])
+        return factors.up, factors.down.T
+
+    file = write_journal(folder, plan.model, made, list(plan.terms), low_rank)
+    return FusedFile(file.path.name, file.size, file.sha256)

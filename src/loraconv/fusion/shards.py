@@ -1,0 +1,110 @@
+"""The files that a fused model is written to: the base's own, or new shards as diffusers makes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from loraconv.io.safetensors_write import in_order
+from loraconv.lazy import TensorRef, nbytes
+from loraconv.model_folder import Model
+from loraconv.names import FLOAT_DTYPES
+
+#: diffusers' name of a file of weights, and of the index of several.
+WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the output: the base's, the dtype it gets, and whether adapters are added to it."""
+
+    base: TensorRef
+    dtype: str
+    fused: bool
+
+    @property
+    def name(self) -> str:
+        return self.base.name
+
+    @property
+    def copied(self) -> bool:
+        """True if its bytes are the base's."""
+        return not self.fused and self.dtype == self.base.dtype
+
+    @property
+    def stored(self) -> TensorRef:
+        """The base's reference with the output's dtype: what a header says of it. Not to be read."""
+        return replace(self.base, dtype=self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of tensors in the order of their bytes."""
+
+    name: str
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
+
+    @property
+    def bytes(self) -> int:
+        """The size of its tensors."""
+        return sum(nbytes(entry.stored) for entry in self.entries)
+
+    def runs(self) -> Iterator[tuple[Entry, ...]]:
+        """The entries in order; those that are copied and lie side by side in one file of the base together."""
+        run: list[Entry] = []
+        for entry in self.entries:
+            if run and not _adjacent(run[-1], entry):
+                yield tuple(run)
+                run = []
+            run.append(entry)
+        if run:
+            yield tuple(run)
+
+
+def _adjacent(one: Entry, other: Entry) -> bool:
+    side_by_side = one.base.offset + nbytes(one.base) == other.base.offset
+    return one.copied and other.copied and one.base.file is other.base.file and side_by_side
+
+
+def plan_shards(
+    model: Model, fused: Collection[str], dtype: str | None, limit: int | None
+) -> tuple[list[Shard], dict[str, str]]:
+    """``(shards, index)``: the base's files, or with ``limit`` (bytes) new ones; name and text of a new index, nothing
+    where the base's own or none serves. ``dtype`` (safetensors name) is for every floating tensor."""
+    entries = {
+        name: Entry(ref, dtype if dtype and ref.dtype in FLOAT_DTYPES else ref.dtype, name in fused)
+        for name, ref in model.tensors.items()
+    }
+    if limit is not None:
+        return _resharded(model, entries, limit)
+    shards = [
+        Shard(name, tuple(e for e in entries.values() if e.base.file is file), model.metadata[name])
+        for name, file in model.files.items()
+    ]
+    if model.index is None or all(entry.dtype == entry.base.dtype for entry in entries.values()):
+        return shards, {}
+    listed = {entry.name: shard.name for shard in shards for entry in shard.entries}
+    return shards, {model.index: _index({"total_size": sum(shard.bytes for shard in shards)}, listed)}
+
+
+def _resharded(model: Model, entries: Mapping[str, Entry], limit: int) -> tuple[list[Shard], dict[str, str]]:
+    """As diffusers' ``save_pretrained`` does. A tensor larger than ``limit`` gets a shard of its own."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    stored = {name: entries[name].stored for name in sorted(entries)}
+    split = split_state_dict_into_shards_factory(
+        stored, get_storage_size=nbytes, filename_pattern=WEIGHTS, max_shard_size=limit
+    )
+    metadata = {key: value for header in reversed(model.metadata.values()) for key, value in header.items()}
+    shards = [
+        Shard(file, tuple(entries[name] for name, _ in in_order((name, stored[name]) for name in names)), metadata)
+        for file, names in split.filename_to_tensors.items()
+    ]
+    return shards, {INDEX: _index(split.metadata, split.tensor_to_filename)} if split.is_sharded else {}
+
+
+def _index(metadata: Mapping[str, object], listed: Mapping[str, str]) -> str:
+    return json.dumps({"metadata": metadata, "weight_map": listed}, indent=2, sort_keys=True) + "\n"

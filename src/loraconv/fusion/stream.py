@@ -1,0 +1,143 @@
+"""The writing of a fused model: threads compute blocks of rows ahead, the caller's copies and writes in order."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from loraconv.fusion.merging import BLOCK, Factors, Term, blocks, cast_rows, merge_rows, stack
+from loraconv.fusion.shards import Entry, Shard
+from loraconv.io.atomic import OutputFile, OutputFolder
+from loraconv.io.crc import combine
+from loraconv.io.safetensors_write import header_of
+from loraconv.lazy import TensorRef, nbytes
+from loraconv.names import numel
+from loraconv.ordered import in_order, workers
+
+#: Logs ``done`` and ``total`` bytes as its only argument, for whoever wants to show them.
+PROGRESS = logging.getLogger("loraconv.fusion")
+#: Blocks that may wait to be written: enough that no thread waits for work while a long range is copied.
+_AHEAD = 32
+_COPY_BYTES = 32 << 20
+
+
+@dataclass(slots=True)
+class Written:
+    """The files of a fused model by name, and checksums (eight hexadecimal digits): ``crc32`` of every tensor as it is
+    written, ``base_crc32`` of those that were fused as they were."""
+
+    files: dict[str, OutputFile] = field(default_factory=dict)
+    crc32: dict[str, str] = field(default_factory=dict)
+    base_crc32: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Progress:
+    """Bytes that are done, of all."""
+
+    total: int
+    done: int = 0
+
+    def add(self, count: int) -> None:
+        self.done += count
+        PROGRESS.info("%s", {"done": self.done, "total": self.total})
+
+
+def write_shards(
+    folder: OutputFolder, place: str, shards: Sequence[Shard], terms: Mapping[str, Sequence[Term]], progress: Progress
+) -> Written:
+    """Write every shard below ``place`` (empty, or a folder's name with a slash) of the output."""
+    written = Written()
+    copied = [entry.base for shard in shards for entry in shard.entries if entry.copied]
+    with _ending(workers()) as pool, _ending(ThreadPoolExecutor(1)) as beside:
+        sums = {ref.name: beside.submit(_checksum, ref) for ref in copied}
+        made = in_order(pool, _blocks(pool, shards, terms), _AHEAD)
+        for shard in shards:
+            with folder.file(place + shard.name, hashed=False) as file:
+                file.write(header_of([(entry.name, entry.stored) for entry in shard.entries], shard.metadata))
+                for run in shard.runs():
+                    if run[0].copied:
+                        _copy(file, run, progress)
+                    else:
+                        _write(file, run[0], made, written, progress)
+            written.files[place + shard.name] = file
+        written.crc32 |= {name: future.result() for name, future in sums.items()}
+    return written
+
+
+@contextmanager
+def _ending(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
+    """Threads that are given nothing more to do when the block is left, be it by an exception."""
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+#: The bytes of a block, their CRC-32, and that of the base's bytes.
+Block = tuple[bytes, int, int]
+
+
+def _blocks(
+    pool: ThreadPoolExecutor, shards: Sequence[Shard], terms: Mapping[str, Sequence[Term]]
+) -> Iterator[Callable[[], Block]]:
+    """What makes each block of each tensor that is not copied, in the order of the bytes."""
+    for entry in (entry for shard in shards for entry in shard.entries if not entry.copied):
+        ref = entry.base
+        if entry.fused:
+            # Handed out before the blocks that wait for it, so that some thread is at work on it already.
+            factors = pool.submit(stack, terms[entry.name])
+            yield from (partial(_merged, ref, factors, rows, entry.dtype) for rows in blocks(ref.shape))
+        else:
+            flat = replace(ref, shape=(numel(ref.shape),))
+            steps = range(0, flat.shape[0], BLOCK)
+            yield from (partial(_cast, flat.rows(at, min(at + BLOCK, flat.shape[0])), entry.dtype) for at in steps)
+
+
+def _merged(ref: TensorRef, factors: Future[Factors], rows: tuple[int, int], dtype: str) -> Block:
+    part = ref.rows(*rows)
+    raw = part.file.pread(part.offset, nbytes(part))
+    made = merge_rows(raw, part, factors.result().part(slice(*rows)), dtype)
+    return made, zlib.crc32(made), zlib.crc32(raw)
+
+
+def _cast(part: TensorRef, dtype: str) -> Block:
+    raw = part.file.pread(part.offset, nbytes(part))
+    made = cast_rows(raw, part, dtype)
+    return made, zlib.crc32(made), zlib.crc32(raw)
+
+
+def _checksum(ref: TensorRef) -> str:
+    crc = 0
+    for piece in ref.pieces():
+        crc = zlib.crc32(piece, crc)
+    return f"{crc:08x}"
+
+
+def _copy(file: OutputFile, run: Sequence[Entry], progress: Progress) -> None:
+    """Copy a range of the base, inside the kernel where it can."""
+    first, count = run[0].base, sum(nbytes(entry.base) for entry in run)
+    for start in range(0, count, _COPY_BYTES):
+        size = min(_COPY_BYTES, count - start)
+        file.copy(first.file, first.offset + start, size)
+        progress.add(size)
+
+
+def _write(file: OutputFile, entry: Entry, made: Iterator[Block], written: Written, progress: Progress) -> None:
+    """Write one computed tensor."""
+    end = file.size + nbytes(entry.stored)
+    crc = base_crc = 0
+    while file.size < end:
+        data, more, base_more = next(made)
+        file.write(data)
+        crc = combine(crc, more, len(data))
+        base_crc = combine(base_crc, base_more, len(data) * nbytes(entry.base) // nbytes(entry.stored))
+        progress.add(len(data))
+    written.crc32[entry.name] = f"{crc:08x}"
+    if entry.fused:
+        written.base_crc32[entry.name] = f"{base_crc:08x}"

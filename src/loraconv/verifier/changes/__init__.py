@@ -1,0 +1,1 @@
+"""Two states of a checkpoint: what became of every tensor between them, and what that means."""

@@ -1,0 +1,195 @@
+"""Is each stored number the exact ``base + up @ down``, rounded once? In blocks of rows, by interval arithmetic.
+
+The product is made in float32 for 16-bit tensors and in float64 for wider ones. An element is settled where the whole
+interval that the product's a-priori error leaves lies in the cell of the numbers that round to the stored one; the few
+others are computed again in float64. So every statement is one about the exact sum, up to float64's own error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from loraconv.lazy import TensorRef, decode
+from loraconv.names import DTYPE_BYTES
+from loraconv.verifier.fused.figures import LAYOUT, Figures, judge
+
+if TYPE_CHECKING:
+    from loraconv.verifier.numbers import Array
+
+#: Bytes of a block of rows: large enough that calls cost little, small enough for a processor's cache.
+BLOCK_BYTES = 1 << 19
+#: Above this share of unsettled elements, float64 for all of a block takes less time than picking them out.
+MANY = 1 / 50
+#: Products that are added up in float32 in one go.
+_SUM = 64
+#: Factors count as at least this large in the bound, which so covers what float32 loses of the smallest products.
+_LEAST = 2.0**-55
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """The sum of low-rank products: ``up @ down`` with ``up`` (out, all ranks), scaled, ``down`` (all ranks, in).
+
+    ``columns`` is ``down`` transposed in memory; ``up32`` and ``down32`` are rounded to float32; ``lengths`` (out, 1)
+    and ``widths`` (1, in) are the norms of the rows of ``up`` and of the columns of ``down``.
+    """
+
+    up: Array
+    down: Array
+    columns: Array
+    up32: Array
+    down32: Array
+    lengths: Array
+    widths: Array
+
+    @classmethod
+    def of(cls, up: Array, down: Array) -> Delta:
+        """From float64 factors."""
+        import numpy as np
+
+        with np.errstate(over="ignore", invalid="ignore"):
+            lengths, widths = np.linalg.norm(up, axis=1, keepdims=True), np.linalg.norm(down, axis=0, keepdims=True)
+            columns = np.ascontiguousarray(down.T)
+            return cls(up, down, columns, up.astype(np.float32), down.astype(np.float32), lengths, widths)
+
+    @property
+    def rank(self) -> int:
+        """The number of products in an element. Times the unit roundoff and ``|up_i| |down_j|``, this and a few more
+        for the factors' own roundings bound the element's error (Higham, Accuracy and Stability, section 3.5)."""
+        return int(self.down.shape[0])
+
+    def at(self, rows: Array, columns: Array) -> Array:
+        """Single elements in float64."""
+        import numpy as np
+
+        found: Array = np.einsum("ij,ij->i", self.up[rows], self.columns[columns])
+        return found
+
+
+def measure(base: TensorRef, stored: TensorRef, delta: Delta) -> Figures:
+    """Compare a matrix (both references are of its shape) with base + delta, a block of rows at a time."""
+    total = Figures()
+    for start, stop in row_blocks(stored):
+        block = numbers(base.rows(start, stop), stored.dtype), numbers(stored.rows(start, stop), stored.dtype)
+        total = total + compare_block(*block, delta, start, stored.dtype)
+    return total
+
+
+def row_blocks(ref: TensorRef) -> Iterator[tuple[int, int]]:
+    """``(first, last + 1)`` of blocks of rows of about :data:`BLOCK_BYTES`."""
+    rows, columns = ref.shape
+    step = max(1, BLOCK_BYTES // DTYPE_BYTES[ref.dtype] // max(1, columns))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def numbers(ref: TensorRef, stored: str) -> Array:
+    """A tensor's values, exactly: in float32 where it and the dtype ``stored`` allow it, else in float64."""
+    import numpy as np
+
+    raw = b"".join(ref.pieces())
+    if ref.dtype == "F64" or stored in ("F32", "F64"):
+        return decode(raw, ref.dtype).reshape(ref.shape)
+    if ref.dtype == "F32":
+        return np.frombuffer(raw, dtype="<f4").reshape(ref.shape)
+    if ref.dtype == "F16":
+        return _from_half(np.frombuffer(raw, dtype="<i2")).reshape(ref.shape)
+    wide: Array = np.left_shift(np.frombuffer(raw, dtype="<u2"), 16, dtype=np.uint32)
+    return wide.view(np.float32).reshape(ref.shape)
+
+
+def _from_half(bits: Array) -> Array:
+    """float16 bits (as int16) to float32: the fields moved into place and the exponent's bias made up for by a product,
+    which is exact, and many times as fast as numpy's own cast."""
+    import numpy as np
+
+    flushed = np.float32(2.0**-149) * np.float32(2) == 0  # as processors do where fast-math code has told them to
+    if flushed or np.any(np.bitwise_and(bits, 0x7C00) == 0x7C00):  # Inf or NaN
+        return bits.view(np.float16).astype(np.float32)
+    wide = np.left_shift(bits, 13, dtype=np.int32)
+    wide &= np.int32(-0x70000001)  # without the copies of the sign between the sign and the exponent
+    single: Array = np.multiply(wide.view(np.float32), np.float32(2.0**112))
+    return single
+
+
+def compare_block(base: Array, stored: Array, delta: Delta, start: int, dtype: str) -> Figures:
+    """The figures of rows ``start`` and on, given as :func:`numbers` of the base and of what is stored in ``dtype``."""
+    import numpy as np
+
+    stop = start + len(stored)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        product, error = _product(delta, start, stop, stored.dtype)
+        exact = base + product
+        residual = stored - exact
+        size = float(np.vdot(product, product))
+        figures = Figures(
+            elements=stored.size,
+            changed=int(np.count_nonzero(stored != base)),
+            along=size + float(np.vdot(residual, product)),
+            size=size,
+            rest=float(np.vdot(residual, residual)),
+            worst_row=start,
+        )
+        lengths, widths = (np.maximum(x, _LEAST) for x in (delta.lengths[start:stop], delta.widths))
+        room = np.multiply(lengths * error, widths, dtype=stored.dtype, casting="unsafe")
+        unsettled = _unsettled(exact, stored, room, dtype)
+        if not np.isfinite(figures.rest):
+            unsettled |= ~np.isfinite(stored)  # right or not, it has to be counted
+        doubtful = np.flatnonzero(unsettled)
+        if not doubtful.size:
+            return figures
+        if stored.dtype == np.float32 and doubtful.size > stored.size * MANY:
+            return compare_block(base.astype(np.float64), stored.astype(np.float64), delta, start, dtype)
+        return figures + _judged(base, stored, delta, start, dtype, doubtful, product)
+
+
+def _product(delta: Delta, start: int, stop: int, work: Any) -> tuple[Array, float]:
+    """Rows of the delta in the dtype that is worked in, and what ``|up_i| |down_j|`` times is a bound on their error:
+    the unit roundoff times the length of the sums, which is why long ones are made in parts."""
+    import numpy as np
+
+    if work == np.float64:
+        return delta.up[start:stop] @ delta.down, (delta.rank + 8) * 2.0**-53
+    parts = [slice(first, first + _SUM) for first in range(0, max(1, delta.rank), _SUM)]
+    product: Array = delta.up32[start:stop, parts[0]] @ delta.down32[parts[0]]
+    for part in parts[1:]:
+        product += delta.up32[start:stop, part] @ delta.down32[part]
+    return product, (min(_SUM, delta.rank) + len(parts) + 8) * 2.0**-24
+
+
+def _unsettled(exact: Array, stored: Array, room: Array, dtype: str) -> Array:
+    """False where every number within ``room`` of the exact one rounds to the stored one. Overwrites ``exact``.
+
+    Seen as integers, the floating-point numbers that round to one stored number are a run around it, half as long to
+    either side as the mantissa bits that rounding drops; two of them are left for the roundings of the sums themselves.
+    """
+    import numpy as np
+
+    integer = np.uint32 if stored.dtype == np.float32 else np.uint64
+    dropped = np.finfo(stored.dtype).nmant - LAYOUT[dtype][0]
+    if dropped < 8:  # float64 itself: nothing is settled before the float64 noise is counted in
+        return np.ones(stored.shape, dtype=bool)
+    half = 1 << (dropped - 1)
+    first = np.subtract(stored.view(integer), integer(half - 2))
+    low = (exact - room).view(integer)
+    np.subtract(low, first, out=low)
+    high = np.add(exact, room, out=exact).view(integer)
+    np.subtract(high, first, out=high)
+    unsettled: Array = np.greater(np.maximum(low, high, out=low), integer(2 * half - 4))
+    return unsettled
+
+
+def _judged(base: Array, stored: Array, delta: Delta, start: int, dtype: str, chosen: Array, product: Array) -> Figures:
+    """The counts of the elements ``chosen`` (flat numbers in the block), from float64."""
+    import numpy as np
+
+    rows, columns = np.divmod(chosen, stored.shape[1])
+    added = delta.at(rows + start, columns) if stored.dtype == np.float32 else product.reshape(-1)[chosen]
+    before = base.reshape(-1)[chosen].astype(np.float64)
+    lengths = delta.lengths[rows + start, 0] * delta.widths[0, columns]
+    return replace(
+        judge(stored.reshape(-1)[chosen].astype(np.float64), before, added, lengths * (delta.rank + 8), dtype),
+        worst_row=start,
+    )

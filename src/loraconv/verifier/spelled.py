@@ -1,0 +1,139 @@
+"""The keys of an adapter file as they really stand: names that its consumers pass over, magnitudes beside the factors.
+
+In memory peft writes the adapter's own name into a key (``lora_A.default.weight``), and ``save_pretrained`` takes it
+out; a trainer that dumps its state dict leaves it in. DoRA keeps a magnitude for every row: ``lora_magnitude_vector``
+in peft and diffusers, ``dora_scale`` in kohya's spelling.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from loraconv.lazy import TensorRef
+from loraconv.names import FLOAT_DTYPES
+from loraconv.verifier.diagnosis import Finding, finding
+from loraconv.verifier.numbers import HALF_ULP, values
+
+Tensors = Mapping[str, TensorRef]
+
+_IN_MEMORY = re.compile(r"(.+\.lora_[AB])\.([^.]+)(\.weight)")
+_MAGNITUDE = re.compile(r"(.+?)\.(?:lora_magnitude_vector(?:\.[^.]+){0,2}|dora_scale)")
+_PREFIXES = ("base_model.model.", "transformer.")
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """``plain``: everything but magnitudes, under the names that the format defines. ``magnitudes``: by module
+    (diffusers name). ``in_memory``: key -> the adapter's name in it."""
+
+    plain: dict[str, TensorRef]
+    magnitudes: dict[str, TensorRef]
+    in_memory: dict[str, str]
+
+
+def sort_keys(tensors: Tensors) -> Keys:
+    """The keys of an adapter, sorted; a key that is no adapter's stays as it is."""
+    keys = Keys({}, {}, {})
+    for name, ref in tensors.items():
+        magnitude, named = _MAGNITUDE.fullmatch(name), _IN_MEMORY.fullmatch(name)
+        if magnitude is not None and ref.dtype in FLOAT_DTYPES:
+            keys.magnitudes[_module(magnitude.group(1))] = ref
+        elif named is not None and named.group(1) + named.group(3) not in tensors:
+            keys.in_memory[name] = named.group(2)
+            keys.plain[named.group(1) + named.group(3)] = ref
+        else:
+            keys.plain[name] = ref
+    return keys
+
+
+def _module(spelled: str) -> str:
+    return next((spelled[len(p) :] for p in _PREFIXES if spelled.startswith(p)), spelled)
+
+
+def passed_over(keys: Keys, kind: str, prefix: str, has_settings: bool) -> Iterator[Finding]:
+    """What the consumers of a format would not load, though the numbers are there.
+
+    ``kind`` is the format, ``prefix`` what stands before its module names, ``has_settings`` whether peft's settings
+    file is beside it. Facts: diffusers 0.42 ``loaders/peft.py`` (keys without the component's prefix are dropped, since
+    0.33), peft 0.21 ``utils/save_and_load.py`` (the adapter's name is put in unless it is there already).
+    """
+    foreign = [name for name, adapter in keys.in_memory.items() if kind != "peft" or adapter != "default"]
+    if foreign:
+        yield finding(
+            "in-memory-names",
+            "the second's keys hold an adapter's name, as in memory; diffusers loads nothing of them, and peft only"
+            " under that very name:",
+            foreign,
+            "loraconv convert {one} -o OUT --to {to}",
+        )
+    if kind == "diffusers" and not prefix:
+        yield finding(
+            "no-prefix",
+            "the second's keys lack the prefix transformer., so load_lora_weights of diffusers 0.33 and later passes"
+            " over:",
+            keys.plain,
+            f"loraconv convert {'{one}' if keys.in_memory else '{other}'} -o OUT --to diffusers",
+        )
+    if kind == "diffusers" and has_settings:
+        yield finding(
+            "peft-prefix",
+            "there is an adapter_config.json beside the second, but its keys lack the prefix base_model.model., so that"
+            " peft passes over:",
+            keys.plain,
+            "loraconv convert {one} -o OUT --to peft",
+        )
+    if kind == "peft" and not has_settings:
+        yield finding(
+            "foreign-prefix",
+            "the second's keys are peft's and there is no adapter_config.json beside them: peft cannot load the file,"
+            " and diffusers 0.33 and later passes over:",
+            keys.plain,
+            "loraconv convert {one} -o OUT --to diffusers",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Magnitudes:
+    """The DoRA magnitudes of two adapters: how many modules of each have them, and in how many they are equal."""
+
+    one: int
+    other: int
+    equal: int
+
+
+def compare_magnitudes(one: Tensors, other: Tensors) -> tuple[Magnitudes, list[Finding]]:
+    """The magnitudes of two adapters by module, and what is wrong with those of the second."""
+    findings = []
+    lost, gained = [m for m in one if m not in other], [m for m in other if m not in one]
+    differing = [m for m in one if m in other and not _same_values(one[m], other[m])]
+    if lost:
+        findings.append(
+            finding(
+                "dora-lost",
+                "the second lost the DoRA magnitudes: what is left is a plain LoRA, which computes something else, in",
+                lost,
+                "keep {one}, or fuse it into its base with peft: PeftModel.from_pretrained(...).merge_and_unload()",
+            )
+        )
+    if gained:
+        text = "only the second has DoRA magnitudes, in"
+        findings.append(finding("dora-gained", text, gained, "loraconv inspect {other} --verbose"))
+    if differing:
+        text = "the DoRA magnitudes differ in"
+        findings.append(finding("dora-differs", text, differing, "copy them from {one} again"))
+    return Magnitudes(len(one), len(other), len(one) - len(lost) - len(differing)), findings
+
+
+def _same_values(one: TensorRef, other: TensorRef) -> bool:
+    """Equal numbers, in any shape of one size; in two dtypes, within a rounding to the narrower."""
+    import numpy as np
+
+    first, second = values(one).reshape(-1), values(other).reshape(-1)
+    if first.shape != second.shape:
+        return False
+    relative, least = (0.0, 0.0) if one.dtype == other.dtype else max(HALF_ULP[one.dtype], HALF_ULP[other.dtype])
+    with np.errstate(invalid="ignore"):
+        room = np.maximum(np.abs(first) * relative * (1 + 2.0**-20), least)
+        return bool(np.all((np.abs(first - second) <= room) | (first == second) | (np.isnan(first) & np.isnan(second))))
