@@ -945,11 +945,11 @@ def test_the_json_of_a_fusion_has_schema_1_and_the_documented_keys(
 def test_progress_goes_to_a_terminal_and_nowhere_else(
     tmp_path: Path, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from loraconv.cli import byte_progress, run
+    from loraconv.cli import progress, run
 
     words = ["fuse", str(adapter), "--base", str(base), "--no-prove", "-o"]
-    monkeypatch.setattr(byte_progress, "_FIRST", 0.0)
-    monkeypatch.setattr(byte_progress, "_NEXT", 0.0)
+    monkeypatch.setattr(progress, "_FIRST", 0.0)
+    monkeypatch.setattr(progress, "_NEXT", 0.0)
     assert run([*words, str(tmp_path / "pipe")]) == 0
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import loraconv
-from loraconv.cli.progress import _Line, training_progress
+from loraconv.cli.progress import _Rows, training_progress
 from loraconv.errors import UsageError
 from loraconv.trainer import tracking
 from loraconv.trainer.curves import chart
@@ -308,7 +308,7 @@ def test_progress_is_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
     assert re.search(r"step 2 of 10, 0 min \d+ s left: loss 0.25, held out 0.4", said)
     assert said.count("\n") == 1
     assert said.endswith("\r\x1b[K")
-    assert not any(isinstance(handler, _Line) for handler in logger.handlers)
+    assert not any(isinstance(handler, _Rows) for handler in logger.handlers)
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -288,7 +288,7 @@ def roundtrip(as_json: bool, quiet: bool, debug: bool, **options: Any) -> int:
 @_output_options
 def fuse(adapters: tuple[str, ...], as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Add adapters to a model's weights, at the scale they were trained with, each at its own strength."""
-    from loraconv.cli.byte_progress import byte_progress
+    from loraconv.cli.progress import byte_progress
     from loraconv.fusion import fuse as run
     from loraconv.report.fuse import fused
 
@@ -305,7 +305,7 @@ def fuse(adapters: tuple[str, ...], as_json: bool, quiet: bool, debug: bool, **o
 @_output_options
 def unfuse(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Turn a fused model back into its base, bit for bit, from the journal written beside it."""
-    from loraconv.cli.byte_progress import byte_progress
+    from loraconv.cli.progress import byte_progress
     from loraconv.report.unfuse import unfused
     from loraconv.unfusing import unfuse as run
 
