@@ -142,8 +142,9 @@ def prove_base(
     if not names.passed:
         return Proof("base", (names, check_config(right, config)), ())
     origins = {n: source_of(ranks, n, shape) for n, shape in shapes.items()}
-    with ThreadPoolExecutor(2) as pool:  # reading is most of it, and lets other threads run
+    with ThreadPoolExecutor(4) as pool:  # reading is most of it, and lets other threads run
         positions = pool.submit(_positions, ranks[0], right)
+        controls = pool.submit(_controls, ranks, stored, shapes, dtype)
         order = _as_written(stored)
         right_bytes = pool.map(lambda n: _agrees(origins[n], stored[n], dtype), order)
         wrong = [n for n, fine in zip(order, right_bytes, strict=True) if not fine]
@@ -156,7 +157,7 @@ def prove_base(
         check_coverage(ranks, origins.values()),
         *positions.result(),
     ]
-    return Proof("base", tuple(checks), _controls(ranks, stored, shapes, dtype))
+    return Proof("base", tuple(checks), controls.result())
 
 
 def _as_written(stored: Mapping[str, Lazy]) -> list[str]:
