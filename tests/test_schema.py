@@ -95,6 +95,30 @@ MODES: dict[str, dict[str, Any]] = {
         ],
         "notices": STRINGS,
     },
+    "fused": {
+        "base": str,
+        "adapters": [{"path": str, "strength": str}],
+        "fused": str,
+        "dtype": (str, None),
+        "bound": (*NUMBER, None),
+        "kept": (*NUMBER, None),
+        "checks": [CHECK],
+        "controls": [CONTROL],
+        "tensors": [
+            {
+                "tensor": str,
+                "same": bool,
+                "elements": int,
+                "changed": int,
+                "misrounded": int,
+                "wrong": int,
+                "nonfinite": int,
+                "ulps": (*NUMBER, None),
+                "error": (*NUMBER, None),
+                "kept": (*NUMBER, None),
+            }
+        ],
+    },
     "consumers": {
         "path": str,
         "format": str,
@@ -251,10 +275,19 @@ def roundtrip(folder: Path) -> Iterator[list[str]]:
     yield [str(build(small(rank=4, lora_alpha=3), folder / "rounded"))]
 
 
+def fused(folder: Path) -> Iterator[list[str]]:
+    run = build(small(), folder)
+    loraconv.sat2diffusers(run, out=folder / "base", what="base")
+    loraconv.fuse(run, base=folder / "base", out=folder / "fused")
+    yield ["--base", str(folder / "base"), str(run), str(folder / "fused")]
+    yield ["--base", str(folder / "base"), f"{run}@0.5", str(folder / "fused")]
+
+
 EXAMPLES: dict[str, Callable[[Path], Iterator[list[str]]]] = {
     "adapters": adapters,
     "record": record,
     "changes": changes,
+    "fused": fused,
     "consumers": consumers,
     "forward": forward,
     "roundtrip": roundtrip,

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch_file
 
 import loraconv
+from loraconv.adapter import layer_of, natural
 from loraconv.cli import run as cli
 from loraconv.errors import FormatError, LoraconvError
 from loraconv.verification.adapters import AdaptersResult
@@ -657,3 +658,8 @@ def test_a_key_without_the_prefix_of_its_format_is_refused_and_no_defect(tmp_pat
     more = {"elsewhere.lora_A.weight": torch.ones(2, 3), "elsewhere.lora_B.weight": torch.ones(3, 2)}
     odd = changed_copy(tmp_path / "a", tmp_path / "b", lambda tensors: {**tensors, **more})
     assert cli(["verify", str(tmp_path / "a"), str(odd)]) == 3
+
+
+def test_a_digit_that_is_no_number_is_a_name_like_any_other() -> None:
+    assert layer_of("blocks.².7.x") == 7
+    assert sorted(["b.10", "b.2", "b.²"], key=natural) == ["b.2", "b.10", "b.²"]

@@ -61,12 +61,12 @@ class Adapter:
 
 def layer_of(module: str) -> int | None:
     """The first number in a module name; None where there is none."""
-    return next((int(step) for step in module.split(".") if step.isdigit()), None)
+    return next((int(step) for step in module.split(".") if step.isdecimal()), None)
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
     """A sort key that orders ``blocks.2`` before ``blocks.10``."""
-    return [(0, int(step)) if step.isdigit() else (1, step) for step in name.split(".")]
+    return [(0, int(step)) if step.isdecimal() else (1, step) for step in name.split(".")]
 
 
 def read_adapter(

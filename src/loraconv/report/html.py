@@ -15,7 +15,7 @@ from loraconv.report.html_parts import Html, code, details, joined, lines, neste
 from loraconv.report.style import style_sheet
 
 if TYPE_CHECKING:
-    from loraconv.verification import VerifyResult
+    from loraconv.verification.result import VerifyResult
     from loraconv.verifier.diagnosis import Finding
 
 #: What every report of loraconv begins with, by which an older one is known and may be replaced.

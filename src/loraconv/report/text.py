@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from loraconv.demonstration import DemoResult
     from loraconv.describe import AdapterFacts, Summary
     from loraconv.errors import LoraconvError
-    from loraconv.verification import VerifyResult
+    from loraconv.verification.result import VerifyResult
     from loraconv.verifier.proof import Proof
 
 _LABEL = 12

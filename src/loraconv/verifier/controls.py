@@ -143,11 +143,11 @@ def _flipped(tensor: Tensor) -> Held:
 
 def _shifted(stored: Pairs) -> Spoilt | None:
     """The first module gets the factors of the same module one layer on; alone, it gets another layer's name."""
-    module = next((m for m in stored if any(step.isdigit() for step in m.split("."))), None)
+    module = next((m for m in stored if any(step.isdecimal() for step in m.split("."))), None)
     if module is None:
         return None
     steps = module.split(".")
-    at = next(n for n, step in enumerate(steps) if step.isdigit())
+    at = next(n for n, step in enumerate(steps) if step.isdecimal())
     later = ".".join([*steps[:at], str(int(steps[at]) + 1), *steps[at + 1 :]])
     if later in stored:
         return Spoilt({module: stored[module]}, {module: stored[later]})

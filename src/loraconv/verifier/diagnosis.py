@@ -258,7 +258,7 @@ def _shifted(two: _Two, left: list[str]) -> Iterator[Finding]:
 
         def partner(module: str, step: int = step) -> str | None:
             steps = module.split(".")
-            at = next((n for n, s in enumerate(steps) if s.isdigit()), None)
+            at = next((n for n, s in enumerate(steps) if s.isdecimal()), None)
             if at is None:
                 return None
             return ".".join([*steps[:at], str(int(steps[at]) + step), *steps[at + 1 :]])

@@ -17,7 +17,7 @@ def other_projections(module: str) -> Iterator[str]:
 def in_layer(module: str, step: int) -> str | None:
     """The same module ``step`` layers on; None for a module of no layer."""
     steps = module.split(".")
-    at = next((n for n, s in enumerate(steps) if s.isdigit()), None)
+    at = next((n for n, s in enumerate(steps) if s.isdecimal()), None)
     if at is None:
         return None
     return ".".join([*steps[:at], str(int(steps[at]) + step), *steps[at + 1 :]])
