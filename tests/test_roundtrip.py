@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import loraconv
 from loraconv.errors import FormatError, LoraconvError
+from loraconv.scale import _place
+from loraconv.verifier.oracles import by_pattern
 from tests.sat_run import DIT, RunSpec, build
 from tests.support import (
     DTYPE_NAMES,
@@ -506,3 +508,26 @@ def test_the_bound_is_sharp_enough_to_see_one_wrong_bit() -> None:
     moved = ((wrong.double() - up.double()) @ down.double()).abs()
     assert bool((moved > 2 * bound_of(down, up, 1.0)).any())
     assert raw(wrong) != raw(up)
+
+
+@pytest.mark.parametrize("module", ["blocks.1.attn1.to_q", "blocks.10.attn1.to_q", "blocks.1.attn1.to_k", "to_q"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "to_q",
+        "q",
+        "attn1.to_q",
+        r"^blocks\.1",
+        r"^blocks\.1\.attn1\.to_q",
+        "blocks.1.attn1.to_q",
+        r"blocks\.\d+\..*",
+        "^to_q",
+    ],
+)
+def test_a_pattern_fits_the_modules_that_it_fits_in_peft(pattern: str, module: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    fits = get_pattern_key([pattern], module) == pattern if pattern != module else True
+    config = {"r": 4, "rank_pattern": {pattern: 8}}
+    assert by_pattern(config, "r", module) == (8 if fits else 4)
+    assert _place("here", config)(module).rank == (8 if fits else 4)

@@ -264,8 +264,8 @@ def _malformed(where: str, why: str) -> CorruptCheckpoint:
 
 
 def _pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    """peft's rule (``peft.utils.other.get_pattern_key``): the first expression that matches the end of the name, or,
-    with ``^``, its beginning."""
+    """peft's rule (``peft.utils.other.get_pattern_key``): the first expression that matches the end of the name, from
+    behind a dot or from its beginning (with ``^``: the whole of it)."""
     for expression, value in patterns.items():
         if _expression(str(expression)).match(module):
             return value
@@ -282,7 +282,7 @@ def _expression(text: str) -> re.Pattern[str]:
             slug="pattern",
         )
     try:
-        return re.compile(text if text.startswith("^") else rf"(.*\.)?({text})$")
+        return re.compile(rf"(.*\.)?({text})$")
     except re.error as error:
         raise CorruptCheckpoint(
             f"a pattern in the adapter's configuration is no regular expression: {printable(text, 80)}",

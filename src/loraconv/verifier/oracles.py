@@ -184,8 +184,8 @@ def by_pattern(config: Mapping[str, Any], key: str, module: str) -> Any:
     """``r`` or ``lora_alpha`` of one module: the first pattern that fits its name, else the value for all."""
     patterns = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[key]) or {}
     for pattern, value in patterns.items():
-        # peft anchors a key at the end of the name, behind a dot, unless it begins with ^ itself.
-        if re.match(pattern, module) if pattern[:1] == "^" else re.fullmatch(f"(?:.*\\.)?(?:{pattern})", module):
+        # peft wants the end of the name, behind a dot or from its beginning; with ^ that leaves the whole name.
+        if re.fullmatch(f"(?:.*\\.)?(?:{pattern})", module):
             return value
     return config.get(key)
 
