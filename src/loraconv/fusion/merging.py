@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from loraconv.errors import CorruptCheckpoint
 from loraconv.lazy import Averaged, Lazy, TensorRef, decode, encode, read, times
 from loraconv.names import DTYPE_WORDS, printable
+from loraconv.watch import all_finite
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,7 +125,7 @@ def merge_rows(raw: bytes, ref: TensorRef, factors: Factors, dtype: str) -> byte
 def cast_rows(raw: bytes, ref: TensorRef, dtype: str) -> bytes:
     """Numbers of the base, whose bytes are ``raw``, rounded once to ``dtype``. Raises as :func:`merge_rows` does."""
     made = encode(times(raw, ref.dtype, 1.0), dtype)
-    if not _is_finite(made, dtype):
+    if not all_finite(made, dtype):
         raise _overflow(ref, dtype)
     return made
 
@@ -148,7 +149,7 @@ def _sum_single(raw: bytes, ref: TensorRef, factors: Factors, dtype: str) -> tup
 
     cut, shift = _NARROW[dtype]
     half, unit = np.int32(1 << (cut - 1)), np.int32(2)
-    if not _is_finite(raw, ref.dtype):
+    if not all_finite(raw, ref.dtype):
         raise _nonfinite(ref)
     sums = _single(raw, ref.dtype).reshape(ref.shape)
     product, roundings = _product(factors, sums, dtype)
@@ -191,17 +192,6 @@ def _product(factors: Factors, base: Array, dtype: str) -> tuple[Array, int]:
     if float(np.minimum(2 * error / units, 1).sum()) > _SOME * len(sample):
         return (factors.up @ factors.down.T).astype(np.float32), 1
     return factors.single_up @ factors.single_down, count
-
-
-def _is_finite(raw: bytes, dtype: str) -> bool:
-    """As unsigned integers the negative numbers are greatest, as signed the positive ones, infinity and NaN last."""
-    import numpy as np
-
-    kind, infinity = _GRID[dtype][2:]
-    bits = np.frombuffer(raw, dtype=kind)
-    signed = bits.view(kind.replace("u", "i"))
-    sign = 1 << (bits.itemsize * 8 - 1)
-    return int(bits.max(initial=0)) < sign + infinity and int(signed.max(initial=0)) < infinity
 
 
 def _single(raw: bytes, dtype: str) -> Array:
