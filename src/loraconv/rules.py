@@ -324,22 +324,26 @@ class Release:
 class Family:
     """A model family: its diffusers class, the trainers' spellings of it, and how its configuration is told.
 
-    ``component`` is the pipeline part that adapters belong to (the prefix in diffusers files). ``releases`` goes from
-    the most to the least specific.
+    ``component`` is the pipeline part that adapters belong to (the prefix in diffusers files). ``modules`` are templates
+    of the modules (diffusers names) that an adapter can be put on; empty where a spelling lists them. ``spellings`` are
+    the other names of these modules: ``sat``, or ``original`` for those of the model's own repository. ``settings``
+    and ``releases`` (from the most to the least specific) are there where a whole model can be converted.
     """
 
     name: str
     title: str
     model_class: str
     component: str
-    spellings: Mapping[str, Spelling]
-    settings: tuple[Setting, ...]
-    releases: tuple[Release, ...]
+    modules: tuple[str, ...] = ()
+    spellings: Mapping[str, Spelling] = field(default_factory=dict)
+    settings: tuple[Setting, ...] = ()
+    releases: tuple[Release, ...] = ()
     positions: tuple[Positions, ...] = ()
 
     def knows(self, module: str) -> bool:
-        """True if ``module`` (diffusers name) is one that some spelling of the family has."""
-        return any(s.find_part(module) for s in self.spellings.values())
+        """True if ``module`` (diffusers name) is one that the family has."""
+        listed = any(match(template, module) is not None for template in self.modules)
+        return listed or any(s.find_part(module) for s in self.spellings.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
