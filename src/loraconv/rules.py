@@ -324,10 +324,11 @@ class Release:
 class Family:
     """A model family: its diffusers class, the trainers' spellings of it, and how its configuration is told.
 
-    ``component`` is the pipeline part that adapters belong to (the prefix in diffusers files). ``modules`` are templates
-    of the modules (diffusers names) that an adapter can be put on; empty where a spelling lists them. ``spellings`` are
-    the other names of these modules: ``sat``, or ``original`` for those of the model's own repository. ``settings``
-    and ``releases`` (from the most to the least specific) are there where a whole model can be converted.
+    ``component`` is the pipeline part that adapters belong to (the prefix in diffusers files). ``modules`` are
+    templates of the modules (diffusers names) that an adapter can be put on; empty where a spelling lists them.
+    ``spellings`` are the other names of these modules: ``sat``, or ``original`` for those of the model's own
+    repository. ``settings`` and ``releases`` (from the most to the least specific) are there where a whole model can
+    be converted.
     """
 
     name: str
