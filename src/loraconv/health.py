@@ -6,13 +6,12 @@ would cost as much as the copy.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loraconv.adapter import Adapter
 from loraconv.errors import CorruptCheckpoint
-from loraconv.io.crc import combine
+from loraconv.io.crc import combine, crc32
 from loraconv.io.input_file import InputFile
 from loraconv.lazy import PIECE_BYTES, Lazy, TensorRef, nbytes, spans
 from loraconv.names import fold_names, printable
@@ -93,7 +92,7 @@ def _storage_crc(leaf: TensorRef) -> int:
     start, length = leaf.storage
     crc = 0
     for offset in range(start, start + length, PIECE_BYTES):
-        crc = zlib.crc32(leaf.file.pread(offset, min(PIECE_BYTES, start + length - offset)), crc)
+        crc = crc32(leaf.file.pread(offset, min(PIECE_BYTES, start + length - offset)), crc)
     return crc
 
 
@@ -119,7 +118,7 @@ def _storage_is_finite(leaf: TensorRef) -> bool:
     crc, finite = 0, True
     for offset in range(start, start + length, PIECE_BYTES):
         piece = leaf.file.pread(offset, min(PIECE_BYTES, start + length - offset))
-        crc = zlib.crc32(piece, crc)
+        crc = crc32(piece, crc)
         finite = finite and all_finite(piece, leaf.dtype)
     _compare(leaf, crc)
     return finite

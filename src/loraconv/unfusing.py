@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import zlib
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from typing import Any
 from loraconv import __version__
 from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError
 from loraconv.io.atomic import OutputFile, OutputFolder, output_folder
+from loraconv.io.crc import crc32
 from loraconv.io.growing import GrowingFile
 from loraconv.io.input_file import InputFile
 from loraconv.io.safetensors_read import MAX_HEADER
@@ -208,7 +208,7 @@ def _refuse_changed(model: Model, journal: Journal, pool: ThreadPoolExecutor) ->
 def _crc(ref: TensorRef) -> str:
     crc = 0
     for piece in ref.pieces():
-        crc = zlib.crc32(piece, crc)
+        crc = crc32(piece, crc)
     return f"{crc:08x}"
 
 

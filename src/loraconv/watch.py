@@ -5,10 +5,10 @@ The proof of a base reads all of it. With references from here it reads as ever,
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 
+from loraconv.io.crc import crc32
 from loraconv.io.input_file import InputFile
 from loraconv.lazy import Lazy, TensorRef, nbytes
 
@@ -46,7 +46,7 @@ class Watch:
         if found is None:
             crc, finite = 0, True
             for piece in tensor.pieces():
-                crc, finite = zlib.crc32(piece, crc), finite and all_finite(piece, tensor.dtype)
+                crc, finite = crc32(piece, crc), finite and all_finite(piece, tensor.dtype)
             found = crc, finite
         return found
 
@@ -61,7 +61,7 @@ class WatchedRef(TensorRef):
         """The bytes, as those of :class:`TensorRef`."""
         crc, finite = 0, True
         for piece in TensorRef.pieces(self):
-            crc, finite = zlib.crc32(piece, crc), finite and all_finite(piece, self.dtype)
+            crc, finite = crc32(piece, crc), finite and all_finite(piece, self.dtype)
             yield piece
         if self.strides is None:
             self.watch.seen[_place(self)] = crc, finite

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from functools import partial
 from loraconv.fusion.merging import BLOCK, Factors, Term, blocks, cast_rows, merge_rows, stack
 from loraconv.fusion.shards import Entry, Shard
 from loraconv.io.atomic import OutputFile, OutputFolder
-from loraconv.io.crc import combine
+from loraconv.io.crc import combine, crc32
 from loraconv.io.safetensors_write import header_of
 from loraconv.lazy import TensorRef, nbytes
 from loraconv.names import numel
@@ -103,19 +102,19 @@ def _merged(ref: TensorRef, factors: Future[Factors], rows: tuple[int, int], dty
     part = ref.rows(*rows)
     raw = part.file.pread(part.offset, nbytes(part))
     made = merge_rows(raw, part, factors.result().part(slice(*rows)), dtype)
-    return made, zlib.crc32(made), zlib.crc32(raw)
+    return made, crc32(made), crc32(raw)
 
 
 def _cast(part: TensorRef, dtype: str) -> Block:
     raw = part.file.pread(part.offset, nbytes(part))
     made = cast_rows(raw, part, dtype)
-    return made, zlib.crc32(made), zlib.crc32(raw)
+    return made, crc32(made), crc32(raw)
 
 
 def _checksum(ref: TensorRef) -> str:
     crc = 0
     for piece in ref.pieces():
-        crc = zlib.crc32(piece, crc)
+        crc = crc32(piece, crc)
     return f"{crc:08x}"
 
 

@@ -7,13 +7,13 @@ Only plain values, ordered dicts, sizes and tensors are written. The file is the
 from __future__ import annotations
 
 import struct
-import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loraconv.io.atomic import OutputFile
+from loraconv.io.crc import crc32
 from loraconv.lazy import Lazy, nbytes
 from loraconv.names import numel
 
@@ -143,14 +143,14 @@ class _Zip:
     def add(self, name: str, data: bytes) -> None:
         self._begin(name, len(data))
         self._file.write(data)
-        self._end(zlib.crc32(data), len(data))
+        self._end(crc32(data), len(data))
 
     def add_tensor(self, name: str, tensor: Lazy) -> None:
         self._begin(name, nbytes(tensor))
         crc = count = 0
         for piece in tensor.pieces():
             self._file.write(piece)
-            crc = zlib.crc32(piece, crc)
+            crc = crc32(piece, crc)
             count += len(piece)
         if count != nbytes(tensor):
             raise RuntimeError(f"{name}: {count} bytes were made, {nbytes(tensor)} were declared")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 import shlex
 import struct
-import zlib
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
 from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError, UnsafeCheckpoint
+from loraconv.io.crc import crc32
 from loraconv.io.input_file import InputFile
 from loraconv.names import printable
 
@@ -122,7 +122,7 @@ def open_torch_zip(file: InputFile) -> dict[str, Member]:
 def read_member(file: InputFile, member: Member) -> bytes:
     """The bytes of a member; raises :class:`CorruptCheckpoint` when they do not match its checksum."""
     data = file.pread(member.start, member.size)
-    if member.crc is not None and zlib.crc32(data) != member.crc:
+    if member.crc is not None and crc32(data) != member.crc:
         damaged(file, f"the checksum of the member at byte {member.start} does not match")
     return data
 

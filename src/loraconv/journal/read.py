@@ -9,7 +9,6 @@ Its parts stand in the order in which they are made, so that it is written as a 
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from loraconv.errors import CorruptCheckpoint
+from loraconv.io.crc import crc32
 from loraconv.io.input_file import InputFile
 from loraconv.io.sidecar import parse_json
 from loraconv.io.target import MANIFEST, MANIFEST_LIMIT
@@ -121,7 +121,7 @@ def restored(
             crc, count = 0, len(journal.changes[name].codes)
             for number in range(1, count + 1):
                 piece = next(made)
-                crc = zlib.crc32(piece, crc)
+                crc = crc32(piece, crc)
                 if number == count and f"{crc:08x}" != journal.crc32[name]:
                     raise BadCode(f"other numbers than the base's come out for {printable(name)}")
                 yield piece

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraconv.errors import CorruptCheckpoint, FormatError, ProofFailed
 from loraconv.io.atomic import OutputFile, OutputFolder
-from loraconv.io.crc import combine
+from loraconv.io.crc import combine, crc32
 from loraconv.io.input_file import InputFile
 from loraconv.journal.read import JOURNAL, MAGIC, read_journal, read_rows, restored
 from loraconv.journal.ulps import DTYPES, Factors, chunks, encode, pack_factors, whole_factors
@@ -93,7 +92,7 @@ def _refuse_other_dtypes(base: Model, fused: Mapping[str, TensorRef], changed: S
 def _checksums(base: Model, file: InputFile, stop: Event) -> tuple[str, dict[str, str]]:
     """The SHA-256 of a base file and the CRC-32 of each of its tensors."""
     digest = hashlib.sha256(file.pread(0, _header_size(file)))
-    crc32 = {}
+    found = {}
     for name, (start, size) in _ranges(base, file).items():
         crc = 0
         for offset in range(start, start + size, PIECE_BYTES):
@@ -101,9 +100,9 @@ def _checksums(base: Model, file: InputFile, stop: Event) -> tuple[str, dict[str
                 return "", {}
             piece = file.pread(offset, min(PIECE_BYTES, start + size - offset))
             digest.update(piece)
-            crc = zlib.crc32(piece, crc)
-        crc32[name] = f"{crc:08x}"
-    return digest.hexdigest(), crc32
+            crc = crc32(piece, crc)
+        found[name] = f"{crc:08x}"
+    return digest.hexdigest(), found
 
 
 def _header_size(file: InputFile) -> int:
@@ -168,7 +167,7 @@ def _packed(factors: Factors | None) -> _Coded:
 
 def _encoded(base: TensorRef, fused: TensorRef, factors: Factors | None, rows: tuple[int, int]) -> _Coded:
     after = read_rows(fused, rows)
-    return encode(read_rows(base, rows), after, base.dtype, factors, rows), (zlib.crc32(after), len(after))
+    return encode(read_rows(base, rows), after, base.dtype, factors, rows), (crc32(after), len(after))
 
 
 def _write_header(out: OutputFile, base: Model, name: str, sha256: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from loraconv.data.settings import SPATIAL, DataSettings, ModelNeeds, padding
 from loraconv.data.tensors import InMemory
 from loraconv.errors import CorruptCheckpoint, FormatError, UsageError
+from loraconv.io.crc import crc32
 from loraconv.io.input_file import InputFile
 from loraconv.io.safetensors_read import read_safetensors
 from loraconv.io.sidecar import read_json
@@ -201,6 +201,6 @@ def fingerprint(tensors: Mapping[str, Lazy]) -> str:
     for name, tensor in sorted(tensors.items()):
         crc = 0
         for piece in tensor.pieces():
-            crc = zlib.crc32(piece, crc)
+            crc = crc32(piece, crc)
         rows.append([name, tensor.dtype, list(tensor.shape), f"{crc:08x}"])
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from loraconv.errors import CorruptCheckpoint, FormatError, UsageError
+from loraconv.io.crc import crc32
 from loraconv.io.input_file import InputFile
 from loraconv.io.safetensors_read import read_safetensors
 from loraconv.io.sidecar import parse_json
@@ -131,5 +131,5 @@ def _pieces(file: InputFile) -> Iterator[bytes]:
 def _crc(ref: Any) -> int:
     crc = 0
     for piece in ref.pieces():
-        crc = zlib.crc32(piece, crc)
+        crc = crc32(piece, crc)
     return crc

@@ -6,6 +6,7 @@ tables that the converter uses.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -142,7 +143,8 @@ def prove_base(
     if not names.passed:
         return Proof("base", (names, check_config(right, config)), ())
     origins = {n: source_of(ranks, n, shape) for n, shape in shapes.items()}
-    with ThreadPoolExecutor(4) as pool:  # reading is most of it, and lets other threads run
+    # One core is the writer's, which may still be at work.
+    with ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) - 1))) as pool:
         positions = pool.submit(_positions, ranks[0], right)
         controls = pool.submit(_controls, ranks, stored, shapes, dtype)
         order = _as_written(stored)
