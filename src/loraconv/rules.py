@@ -272,7 +272,11 @@ Rule = Rename | Fused | Regrouped | Modulation | Kernel
 
 
 def _refuse_ambiguous(templates: list[str]) -> None:
-    """Raises :class:`ValueError` if some name fits two of these templates."""
+    """Raises :class:`ValueError` if some name fits two of these templates, which have one shape."""
+    numbers = [tuple("{}" if n.startswith("{") else n for n in _ANY_NUMBER.findall(name)) for name in templates]
+    fields = {tuple(n == "{}" for n in one) for one in numbers}
+    if len(fields) == 1 and len(set(numbers)) == len(numbers):
+        return  # fields at the same places, and other numbers: no need to look at every pair
     steps = [name.split(".") for name in templates]
     for number, name in enumerate(templates):
         for other in range(number):
