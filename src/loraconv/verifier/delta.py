@@ -47,7 +47,7 @@ def compare_adapters(one: Pairs, other: Pairs, bound: float | None = None) -> li
 
 def compare_module(module: str, one: Pair, other: Pair, bound: float | None = None) -> ModuleResult:
     """Compare one module; adapters of another shape are infinitely far apart, ranks may differ."""
-    one, other = _held(one), _held(other)  # each factor is looked at many times
+    one, other = held(one), held(other)  # each factor is looked at many times
     first = Grams.of(one)
     norm = first.norm
     if (one.shape[0], one.shape[2]) != (other.shape[0], other.shape[2]):
@@ -62,7 +62,7 @@ def compare_module(module: str, one: Pair, other: Pair, bound: float | None = No
     return ModuleResult(module, False, error / scale, room / scale, norm, near)
 
 
-def _held(pair: Pair) -> Pair:
+def held(pair: Pair) -> Pair:
     """The same pair in memory."""
     down, up = (Held(values(factor), factor.dtype) for factor in (pair.down, pair.up))
     return Pair(down, up, pair.scale)

@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 
 from loraconv.names import fold_names, printable
 from loraconv.verifier.delta import (
     ModuleResult,
     delta_norm,
+    held,
     is_finite,
     is_zero,
     projection,
@@ -25,6 +27,7 @@ from loraconv.verifier.delta import (
     transposed,
 )
 from loraconv.verifier.numbers import Pair, difference_norm
+from loraconv.verifier.parallel import in_parallel
 from loraconv.verifier.spectrum import singular_values
 
 Pairs = Mapping[str, Pair]
@@ -118,7 +121,8 @@ def _tolerance(one: Pair, other: Pair) -> float:
 
 
 def _nonfinite(two: _Two, left: list[str]) -> Iterator[Finding]:
-    bad = {m: (not is_finite(two.one[m]), not is_finite(two.other[m])) for m in left}
+    found = in_parallel(lambda m: (not is_finite(two.one[m]), not is_finite(two.other[m])), left)
+    bad = dict(zip(left, found, strict=True))
     for whose, which, mend in (
         ((True, True), "both hold", "use an earlier checkpoint: the training diverged"),
         ((True, False), "the first holds", "use an earlier checkpoint than the first: the training diverged"),
@@ -132,10 +136,7 @@ def _nonfinite(two: _Two, left: list[str]) -> Iterator[Finding]:
 def _scaled(two: _Two, left: list[str]) -> Iterator[Finding]:
     """Modules whose delta is the other's times one constant."""
     by_constant: dict[float, list[str]] = {}
-    for module in left:
-        pair, second = two.one[module], two.other[module]
-        constant, rest = projection(pair, second)
-        tolerance = _tolerance(pair, second)
+    for module, (constant, rest, tolerance) in zip(left, in_parallel(partial(_ratio, two), left), strict=True):
         if rest <= tolerance and abs(constant - 1) > tolerance:
             near = next((c for c in by_constant if _alike(c, constant)), constant)
             by_constant.setdefault(near, []).append(module)
@@ -146,6 +147,12 @@ def _scaled(two: _Two, left: list[str]) -> Iterator[Finding]:
             modules,
             f"{_AGAIN} --alpha ALPHA, with the lora_alpha it was trained with",
         )
+
+
+def _ratio(two: _Two, module: str) -> tuple[float, float, float]:
+    """The constant between two deltas of a module, the relative error left with it, and how much of that is none."""
+    pair, second = held(two.one[module]), held(two.other[module])
+    return *projection(pair, second), _tolerance(pair, second)
 
 
 def _alike(one: float, other: float) -> bool:
