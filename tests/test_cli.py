@@ -55,7 +55,7 @@ def adapter(sat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_commands_are_the_documented_ones() -> None:
-    others = ["check-data", "demo", "formats", "inspect", "roundtrip", "train", "verify"]
+    others = ["check-data", "demo", "formats", "inspect", "merge", "resize", "roundtrip", "train", "verify"]
     assert sorted([*others, "convert", "fuse", "sat2diffusers", "unfuse"]) == EVERY
 
 
