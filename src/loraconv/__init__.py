@@ -2,7 +2,7 @@
 
 The public API is one function a command: :func:`inspect`, :func:`sat2diffusers`, :func:`convert`, :func:`verify`,
 :func:`formats`, :func:`demo`, :func:`check_data`, :func:`train`, :func:`fuse`, :func:`unfuse`, :func:`roundtrip`,
-:func:`merge`, :func:`resize`. Importing this package loads neither torch nor numpy.
+:func:`merge`, :func:`resize`, :func:`extract`, :func:`split`. Importing this package loads neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loraconv.describe import Summary, inspect
     from loraconv.errors import LoraconvError
     from loraconv.fusion import FuseResult, fuse
-    from loraconv.reshaping import ReshapeResult, merge, resize
+    from loraconv.reshaping import ReshapeResult, extract, merge, resize, split
     from loraconv.roundtripping import RoundtripResult, roundtrip
     from loraconv.training import TrainResult, train
     from loraconv.unfusing import UnfuseResult, unfuse
@@ -40,6 +40,7 @@ _HOMES = {
     "check_data":    "loraconv.data_check",
     "convert":       "loraconv.conversion",
     "demo":          "loraconv.demonstration",
+    "extract":       "loraconv.reshaping",
     "formats":       "loraconv.catalog",
     "fuse":          "loraconv.fusion",
     "inspect":       "loraconv.describe",
@@ -47,6 +48,7 @@ _HOMES = {
     "resize":        "loraconv.reshaping",
     "roundtrip":     "loraconv.roundtripping",
     "sat2diffusers": "loraconv.conversion",
+    "split":         "loraconv.reshaping",
     "train":         "loraconv.training",
     "unfuse":        "loraconv.unfusing",
     "verify":        "loraconv.verification",
@@ -67,6 +69,7 @@ __all__ = [
     "check_data",
     "convert",
     "demo",
+    "extract",
     "formats",
     "fuse",
     "inspect",
@@ -74,6 +77,7 @@ __all__ = [
     "resize",
     "roundtrip",
     "sat2diffusers",
+    "split",
     "train",
     "unfuse",
     "verify",

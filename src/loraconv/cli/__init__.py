@@ -28,7 +28,7 @@ class _Stopped(BaseException):
 
 
 #: The commands that go through gigabytes.
-_HEAVY = {"convert", "fuse", "merge", "resize", "roundtrip", "sat2diffusers", "unfuse", "verify"}
+_HEAVY = {"convert", "extract", "fuse", "merge", "resize", "roundtrip", "sat2diffusers", "split", "unfuse", "verify"}
 
 #: The signals that stop a command: exit code and word.
 _SIGNALS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from loraconv.cli.commands import _output_options, _say
+from loraconv.cli.commands import _output_options, _say, _words
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -69,4 +69,55 @@ def resize(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     _done(run(**options), as_json, quiet)
 
 
-COMMANDS = (merge, resize)
+@click.command()
+@click.argument("tuned")
+@click.option("--base", required=True, metavar="MODEL", help="The model that the fine-tune was started from.")
+@_OUT
+@click.option("--rank", type=int, metavar="N", help="The rank of every module.")
+@_ENERGY
+@_MAX_ERROR
+@click.option("--modules", multiple=True, default=(), metavar="PATTERN", help="Only 'transformer_blocks.{0-9}.*'.")
+@click.option("--ignore-other", is_flag=True, help="Leave out what no LoRA can hold: norms, biases, embeddings.")
+@click.option("--to", default="diffusers", show_default=True, metavar="FORMAT", help="The format of the output.")
+@_dtype("fp32")
+@_OVERWRITE
+@_DRY_RUN
+@_output_options
+def extract(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+    """Make a LoRA of what a full fine-tune changed in its base, and state what the rank costs in each module."""
+    from loraconv.reshaping import extract as run
+
+    _done(run(**options), as_json, quiet)
+
+
+@click.command()
+@click.argument("adapter")
+@_OUT
+@click.option(
+    "--by",
+    type=click.Choice(["layers", "component", "module"]),
+    default="layers",
+    show_default=True,
+    help="One part for each layer, component of the pipeline, or kind of module.",
+)
+@click.option(
+    "--layers",
+    type=click.UNPROCESSED,
+    callback=_words,
+    default=(),
+    metavar="RANGES",
+    help="One part for each of these ranges, with commas between them: 0-13,14-27.",
+)
+@_ALPHA
+@_STRICT
+@_OVERWRITE
+@_DRY_RUN
+@_output_options
+def split(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+    """Split an adapter into several of the same format; every factor keeps its bytes, and nothing is lost."""
+    from loraconv.reshaping import split as run
+
+    _done(run(**options), as_json, quiet)
+
+
+COMMANDS = (extract, merge, resize, split)

@@ -82,25 +82,23 @@ def cut(up: Array, down: Array, how: Wanted, dtype: str) -> Cut | float:
     rank = how.rank_of(values, dtype)
     if rank is None or rank >= up.shape[1]:
         return norm(values)
-    right_vectors = basis @ turn[:rank].T
-    return stored(up @ (down @ right_vectors), right_vectors, values, dtype)
+    vectors, size = basis @ turn[:rank].T, norm(values)
+    return stored(up @ (down @ vectors), vectors, values[:rank], size, float(tails(values)[rank]), dtype)
 
 
-def stored(images: Array, right_vectors: Array, values: Array, dtype: str) -> Cut:
-    """The factors made of ``images`` (the delta times its ``right_vectors``) and all the singular ``values``."""
+def stored(images: Array, vectors: Array, values: Array, size: float, left: float, dtype: str) -> Cut:
+    """The factors of ``images @ vectors.T``, where ``images`` are a delta times some of its right singular ``vectors``
+    with these ``values``. ``size`` is the norm of the delta, ``left`` that of what is left out."""
     import numpy as np
 
-    rank = right_vectors.shape[1]
-    roots = np.sqrt(values[:rank])
+    roots = np.sqrt(values)
     inverse = np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 0)
-    down, up = (right_vectors * roots).T, images * inverse
-    size = norm(values)
-    error = float(tails(values)[rank]) / size if size else 0.0
+    down, up = np.ascontiguousarray((vectors * roots).T), images * inverse
     return Cut(
-        InMemory(encode(np.ascontiguousarray(down), dtype), dtype, down.shape),
+        InMemory(encode(down, dtype), dtype, down.shape),
         InMemory(encode(up, dtype), dtype, up.shape),
         size,
-        error,
+        left / size if size else 0.0,
     )
 
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from loraconv.names import fold_names
 from loraconv.verifier.adapter import unread_scale
@@ -139,6 +139,13 @@ def _wide(dtypes: Sequence[str]) -> str:
 # one module
 
 
+class _Looked(Protocol):
+    @property
+    def module(self) -> str: ...
+    @property
+    def faults(self) -> tuple[str, ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """What was found out about a module: the names of the checks that it fails, and its relative error and bound."""
@@ -222,7 +229,7 @@ def _least(grams: Grams, rank: int) -> float:
 
 
 def _checks(seen: Sequence[_Seen], claims: Claims) -> Iterator[Check]:
-    yield _check("L0", NAMES, seen)
+    yield named_check("L0", NAMES, seen)
     whole, cut = [one for one in seen if not one.cut], [one for one in seen if one.cut]
     if whole:
         check = _measured(NUMBERS, whole)
@@ -231,18 +238,19 @@ def _checks(seen: Sequence[_Seen], claims: Claims) -> Iterator[Check]:
     if cut:
         check = _measured(STATED, cut)
         yield check
-        yield _check("L2", LEAST, cut)
+        yield named_check("L2", LEAST, cut)
         if claims.asked is not None:
-            yield replace(_check("L2", ASKED, cut), figure=check.figure, bound=claims.asked)
+            yield replace(named_check("L2", ASKED, cut), figure=check.figure, bound=claims.asked)
 
 
 def _measured(name: str, seen: Sequence[_Seen]) -> Check:
     """A check with the greatest error and the greatest bound of its modules."""
     figure, bound = max(one.error for one in seen), max(one.bound for one in seen)
-    return replace(_check("L2", name, seen), figure=figure, bound=bound)
+    return replace(named_check("L2", name, seen), figure=figure, bound=bound)
 
 
-def _check(level: str, name: str, seen: Sequence[_Seen]) -> Check:
+def named_check(level: str, name: str, seen: Sequence[_Looked]) -> Check:
+    """The check of this name over all modules; it names those that fail it."""
     wrong = [one.module for one in seen if name in one.faults]
     return Check(level, name, not wrong, len(seen), detail="; ".join(fold_names(wrong)[:4]))
 
