@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,22 @@ from safetensors.numpy import save_file
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def adapter(file: Path, layers: int, width: int, rank: int, seed: int) -> Path:
+def make(file: Path, layers: int, width: int, rank: int, seed: int) -> None:
+    noise, tensors = np.random.default_rng(seed), {}
+    for layer in range(layers):
+        for target in TARGETS:
+            name = f"transformer.transformer_blocks.{layer}.attn1.{target}.lora"
+            tensors[f"{name}_A.weight"] = noise.standard_normal((rank, width), dtype=np.float32)
+            tensors[f"{name}_B.weight"] = noise.standard_normal((width, rank), dtype=np.float32)
+    save_file(tensors, file)
+
+
+def adapter(file: Path, *given: int) -> Path:
+    """The adapter's file, made once, in a process of its own: what this one holds would count for those it starts."""
     if not file.exists():
-        noise, tensors = np.random.default_rng(seed), {}
-        for layer in range(layers):
-            for target in TARGETS:
-                name = f"transformer.transformer_blocks.{layer}.attn1.{target}.lora"
-                tensors[f"{name}_A.weight"] = noise.standard_normal((rank, width), dtype=np.float32)
-                tensors[f"{name}_B.weight"] = noise.standard_normal((width, rank), dtype=np.float32)
-        save_file(tensors, file)
+        process = get_context("spawn").Process(target=make, args=(file, *given))
+        process.start()
+        process.join()
     return file
 
 

@@ -187,6 +187,40 @@ def test_the_command_line_states_the_error_of_every_module(lora: Path, tmp_path:
     assert not (tmp_path / "x").exists()
 
 
+def second_best(up: Any, down: Any) -> Any:
+    """A cut to rank 2 that leaves out the greatest singular value, and says honestly what that costs."""
+    from loraconv.lazy import InMemory
+    from loraconv.reshaping.truncation import Cut
+
+    left, values, right = np.linalg.svd(up @ down, full_matrices=False)
+    made_up = (left[:, 1:3] * values[1:3]).astype(np.float32)
+    made_down = right[1:3].astype(np.float32)
+    size = float(np.linalg.norm(values))
+    error = float(np.linalg.norm(np.delete(values, [1, 2]))) / size
+    held = [InMemory(array.tobytes(), "F32", array.shape) for array in (made_down, made_up)]
+    return Cut(held[0], held[1], size, error)
+
+
+def test_a_cut_that_is_not_the_best_does_not_pass_its_proof(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraconv.reshaping import summing
+
+    monkeypatch.setattr(summing, "cut", lambda up, down, *_: second_best(up, down))
+    with pytest.raises(ProofFailed, match="no adapter of that rank is nearer"):
+        loraconv.resize(lora, out=tmp_path / "out", rank=2)
+
+
+def test_an_error_above_what_was_asked_for_does_not_pass_its_proof(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraconv.reshaping import truncation
+
+    monkeypatch.setattr(truncation.Wanted, "rank_of", lambda *_: 1)
+    with pytest.raises(ProofFailed, match="error that was asked for"):
+        loraconv.resize(lora, out=tmp_path / "out", max_error=0.01)
+
+
 @pytest.mark.parametrize("wrong", ["rank", "error", "basis"])
 def test_a_wrong_cut_does_not_pass_its_proof(
     lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str

@@ -118,12 +118,13 @@ def test_the_command_line_takes_ranges_with_commas(lora: Path, tmp_path: Path, c
     assert cli("verify", tmp_path / "out").code == 0
 
 
-@pytest.mark.parametrize("wrong", ["lost", "twice", "moved", "scaled"])
+@pytest.mark.parametrize("wrong", ["lost", "twice", "moved", "scaled", "folded"])
 def test_wrong_parts_do_not_pass_their_proof(
     lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
     from dataclasses import replace
 
+    from loraconv.lazy import Scaled
     from loraconv.reshaping import splitting
 
     right = splitting._planned
@@ -136,6 +137,9 @@ def test_wrong_parts_do_not_pass_their_proof(
             factors.append(used.adapter.factors[0])
         elif name == "layers-1" and wrong == "moved":
             factors[0] = replace(factors[0], down=factors[2].down)
+        elif wrong == "folded":  # the same delta, in other bytes
+            scale = replace(factors[0].scale, alpha=factors[0].scale.alpha / 2)
+            factors[0] = replace(factors[0], up=Scaled(factors[0].up, 2.0, "BF16", True), scale=scale)
         elif wrong == "scaled":
             factors[0] = replace(factors[0], scale=replace(factors[0].scale, alpha=factors[0].scale.alpha * 2))
         return right(used, name, factors)
