@@ -70,6 +70,16 @@ def test_peft_keeps_the_bytes_of_the_first_adapter_and_says_its_scale_in_alpha(t
     assert not torch.equal(up[:, 4:], other[f"transformer.{MODULES[3]}.lora_B.weight"])
 
 
+def test_a_negative_strength_turns_the_sign_of_up_and_nothing_else(two: Any, tmp_path: Path) -> None:
+    a, _, one, _ = two
+    loraconv.merge(f"{a}@-0.8", out=tmp_path / "out", to="peft")
+    made = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for name, tensor in one.items():
+        sign = -1 if "lora_B" in name else 1
+        assert torch.equal(made[name.replace("transformer.", "base_model.model.", 1)], sign * tensor)
+    assert apart(in_peft(tmp_path / "out"), delta(one, -0.4)) < 1e-15
+
+
 @pytest.mark.parametrize("strength", ["0.5", "0.8"])
 def test_half_precision_stays_only_where_nothing_is_rounded(tmp_path: Path, strength: str) -> None:
     one, other = drawn(1, dtype=torch.bfloat16), drawn(2, dtype=torch.bfloat16)
@@ -303,6 +313,27 @@ def test_the_command_line_says_what_was_merged(two: Any, tmp_path: Path, cli: Cl
 
 
 # --- the proof --------------------------------------------------------------------------------------------------------
+
+
+def test_factors_of_two_dtypes_do_not_pass_the_proof(two: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number would be right, but no consumer multiplies a float32 by a float64 matrix."""
+    from loraconv.lazy import Scaled
+    from loraconv.reshaping import summing
+
+    monkeypatch.setattr(summing, "folded", lambda tensor, factor, _: Scaled(tensor, float(factor), "F64"))
+    with pytest.raises(ProofFailed, match="its size and dtype"):
+        loraconv.merge(two[0], two[1], out=tmp_path / "out")
+
+
+def test_a_rounding_to_half_precision_that_nobody_asked_for_does_not_pass_the_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraconv.reshaping import summing
+
+    a, b = (write(tmp_path / f"{seed}.st", drawn(seed, dtype=torch.bfloat16)) for seed in (1, 2))
+    monkeypatch.setattr(summing, "_keeping", lambda *_: "BF16")
+    with pytest.raises(ProofFailed, match="numbers of modules"):
+        loraconv.merge(f"{a}@0.8", b, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("rank", [None, 3])
