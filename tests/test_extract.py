@@ -191,6 +191,16 @@ def test_a_base_in_a_wider_dtype_is_compared_by_its_numbers(tmp_path: Path) -> N
     assert len(result.modules) == 3
 
 
+def test_the_same_bytes_in_another_dtype_are_other_numbers(tmp_path: Path) -> None:
+    before = base_state(torch.float16)
+    name = f"{MODULES[0]}.weight"
+    base = write_base(tmp_path / "base", before)
+    tuned = write_base(tmp_path / "tuned", {**before, name: before[name].view(torch.bfloat16)})
+    (fact,) = loraconv.extract(tuned, base=base, out=tmp_path / "out", max_error=1e-3).modules
+    exact = (before[name].view(torch.bfloat16).double() - before[name].double()).numpy()
+    assert (fact.module, fact.norm) == (MODULES[0], pytest.approx(np.linalg.norm(exact)))
+
+
 def test_an_embedding_is_no_linear_layer() -> None:
     from loraconv.reshaping.comparing import _is_embedding
 

@@ -19,7 +19,7 @@ from loraconv.verifier.adapter import unread_scale
 from loraconv.verifier.check import as_failure, read_adapter_files
 from loraconv.verifier.controls import adapter_controls
 from loraconv.verifier.delta import Grams, sides
-from loraconv.verifier.numbers import Expectation, Held, Pair, compare, difference_norm, relative_error, values
+from loraconv.verifier.numbers import Expectation, Held, Pair, compare, difference_norm, values
 from loraconv.verifier.parallel import in_parallel
 from loraconv.verifier.proof import Check, Control, Proof
 
@@ -185,9 +185,11 @@ def _look_at_whole(module: str, expected: Pair, stored: Pair, claims: Claims) ->
     outcome = compare(expected, stored)
     if outcome.equal:
         return _Seen(module, False, equal=True)
-    error, bound = relative_error(expected, stored)
     narrow = claims.dtype is None and stored.up.dtype in ("F16", "BF16")
-    return _Seen(module, False, () if outcome.within and not narrow else (NUMBERS,), False, error, bound)
+    faults = () if outcome.within and not narrow else (NUMBERS,)
+    grams = Grams.of(expected)
+    error, scale = difference_norm(*sides(expected), *sides(stored)), grams.norm or 1.0
+    return _Seen(module, False, faults, False, error / scale, _room(grams, stored) / scale)
 
 
 def _look_at_cut(module: str, expected: Pair, stored: Pair, claims: Claims) -> _Seen:
