@@ -57,6 +57,7 @@ def test_real_results_have_the_keys_and_types_of_the_schema(
     assert (value["schema"], value["kind"], value["dry_run"]) == (1, kind, bool(dry))
     assert bool(value["parts"]) == (kind == "split")
     assert bool(value["other"]) == (kind == "extracted")
+    assert (tmp_path / "out").exists() != bool(dry)
     if not dry:
         record = json.loads((tmp_path / "out" / "loraconv.json").read_text())
         assert record.keys() ^ value.keys() == {"out", "dry_run", "versions"}

@@ -90,7 +90,7 @@ def sum_up(used: Sequence[Used], how: Wanted | None, target: Dialect, dtype: str
     cuts, norms = _cuts(terms, how, dtype or "F32") if how else ({}, {})
     stored = dtype or ("F32" if cuts else _keeping(terms, target))
     factors = [
-        Factor(module, cuts[module].down, cuts[module].up, _one(_rank(cuts[module].down), "the cut rank"))
+        Factor(module, cuts[module].down, cuts[module].up, _scale_one(_rank(cuts[module].down)))
         if module in cuts
         else _stacked(module, ones, target, stored)
         for module, ones in terms.items()
@@ -252,8 +252,8 @@ def _rounded(exact: bool, stored: str, terms: Terms) -> list[str]:
     return said
 
 
-def _one(rank: int, source: str) -> Scale:
-    return Scale(Fraction(rank), rank, source)
+def _scale_one(rank: int) -> Scale:
+    return Scale(Fraction(rank), rank, "computed at scale 1")
 
 
 def _rank(down: Lazy) -> int:
