@@ -56,7 +56,8 @@ def adapter(sat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_commands_are_the_documented_ones() -> None:
     others = ["check-data", "demo", "formats", "inspect", "roundtrip", "train", "verify"]
-    assert sorted([*others, "convert", "fuse", "sat2diffusers", "unfuse"]) == EVERY
+    writers = ["convert", "extract", "fuse", "merge", "resize", "sat2diffusers", "split", "unfuse"]
+    assert sorted([*others, *writers]) == EVERY
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], *([name, "--help"] for name in EVERY)], ids=" ".join)

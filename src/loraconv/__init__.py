@@ -1,8 +1,8 @@
 """Convert LoRA checkpoints, prove that the conversion is right, and fuse adapters with the right scale.
 
 The public API is one function a command: :func:`inspect`, :func:`sat2diffusers`, :func:`convert`, :func:`verify`,
-:func:`formats`, :func:`demo`, :func:`check_data`,
-:func:`train`, :func:`fuse`, :func:`unfuse`. Importing this package loads neither torch nor numpy.
+:func:`formats`, :func:`demo`, :func:`check_data`, :func:`train`, :func:`fuse`, :func:`unfuse`, :func:`roundtrip`,
+:func:`merge`, :func:`resize`, :func:`extract`, :func:`split`. Importing this package loads neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loraconv.describe import Summary, inspect
     from loraconv.errors import LoraconvError
     from loraconv.fusion import FuseResult, fuse
+    from loraconv.reshaping import ReshapeResult, extract, merge, resize, split
     from loraconv.roundtripping import RoundtripResult, roundtrip
     from loraconv.training import TrainResult, train
     from loraconv.unfusing import UnfuseResult, unfuse
@@ -30,6 +31,7 @@ _HOMES = {
     "DataReport":    "loraconv.data_check",
     "FuseResult":    "loraconv.fusion",
     "LoraconvError": "loraconv.errors",
+    "ReshapeResult": "loraconv.reshaping",
     "RoundtripResult": "loraconv.roundtripping",
     "Summary":       "loraconv.describe",
     "TrainResult":   "loraconv.training",
@@ -38,11 +40,15 @@ _HOMES = {
     "check_data":    "loraconv.data_check",
     "convert":       "loraconv.conversion",
     "demo":          "loraconv.demonstration",
+    "extract":       "loraconv.reshaping",
     "formats":       "loraconv.catalog",
     "fuse":          "loraconv.fusion",
     "inspect":       "loraconv.describe",
+    "merge":         "loraconv.reshaping",
+    "resize":        "loraconv.reshaping",
     "roundtrip":     "loraconv.roundtripping",
     "sat2diffusers": "loraconv.conversion",
+    "split":         "loraconv.reshaping",
     "train":         "loraconv.training",
     "unfuse":        "loraconv.unfusing",
     "verify":        "loraconv.verification",
@@ -53,6 +59,7 @@ __all__ = [
     "DataReport",
     "FuseResult",
     "LoraconvError",
+    "ReshapeResult",
     "RoundtripResult",
     "Summary",
     "TrainResult",
@@ -62,11 +69,15 @@ __all__ = [
     "check_data",
     "convert",
     "demo",
+    "extract",
     "formats",
     "fuse",
     "inspect",
+    "merge",
+    "resize",
     "roundtrip",
     "sat2diffusers",
+    "split",
     "train",
     "unfuse",
     "verify",

@@ -185,6 +185,21 @@ class Scaled:
 
 
 @dataclass(frozen=True, slots=True)
+class InMemory:
+    """A tensor that was computed; its row-major bytes are in memory, and come from no file."""
+
+    raw: bytes
+    dtype: str
+    shape: tuple[int, ...]
+
+    def pieces(self) -> Iterator[bytes]:
+        yield self.raw
+
+    def leaves(self) -> Iterator[TensorRef]:
+        return iter(())
+
+
+@dataclass(frozen=True, slots=True)
 class Averaged:
     """The sum of tensors of one shape and dtype divided by ``divisor`` (in float64), rounded once to their dtype."""
 

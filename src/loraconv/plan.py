@@ -16,7 +16,7 @@ from loraconv import __version__
 from loraconv.adapter import Adapter, Factor
 from loraconv.errors import FormatError
 from loraconv.fold import cast, fits, folded, refuse_ruin
-from loraconv.lazy import Averaged, Joined, Lazy, Scaled, TensorRef, nbytes
+from loraconv.lazy import Averaged, InMemory, Joined, Lazy, Scaled, TensorRef, nbytes
 from loraconv.names import fold_names
 from loraconv.rules import Dialect, Family, fill
 from loraconv.scale import ORIGIN_KEY, Origin, Place, Scale
@@ -187,9 +187,12 @@ def how(tensor: Lazy) -> str:
     if isinstance(tensor, TensorRef):
         return "copied"
     if isinstance(tensor, Joined):
-        return f"joined along dimension {tensor.dim}"
+        parts = " and ".join(dict.fromkeys(map(how, tensor.parts)))
+        return f"joined along dimension {tensor.dim}" + ("" if parts == "copied" else f": {parts}")
     if isinstance(tensor, Averaged):
         return "averaged over ranks"
+    if isinstance(tensor, InMemory):
+        return f"computed, stored as {tensor.dtype}"
     if isinstance(tensor, Scaled):
         times = "" if tensor.factor == 1 else f"times {Fraction(tensor.factor).limit_denominator(1 << 20)}, "
         return f"{how(tensor.source)}, {times}stored as {tensor.dtype}"
@@ -200,7 +203,9 @@ def exact_recipe(tensor: Lazy) -> bool:
     """False where the recipe rounds."""
     if isinstance(tensor, Scaled):
         return exact_recipe(tensor.source) and tensor.exact
-    return not isinstance(tensor, Averaged)
+    if isinstance(tensor, Joined):
+        return all(map(exact_recipe, tensor.parts))
+    return not isinstance(tensor, Averaged | InMemory)
 
 
 def _origin_json(factors: tuple[Factor, ...]) -> dict[str, Any]:

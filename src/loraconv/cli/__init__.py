@@ -16,7 +16,11 @@ from types import FrameType
 import click
 
 from loraconv.cli.commands import root, unprinted
+from loraconv.cli.reshaping import COMMANDS
 from loraconv.errors import LoraconvError
+
+for _command in COMMANDS:
+    root.add_command(_command)
 
 
 class _Stopped(BaseException):
@@ -24,7 +28,7 @@ class _Stopped(BaseException):
 
 
 #: The commands that go through gigabytes.
-_HEAVY = {"convert", "fuse", "roundtrip", "sat2diffusers", "unfuse", "verify"}
+_HEAVY = {"convert", "extract", "fuse", "merge", "resize", "roundtrip", "sat2diffusers", "split", "unfuse", "verify"}
 
 #: The signals that stop a command: exit code and word.
 _SIGNALS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
@@ -43,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         from loraconv.cli.allocator import keep_freed_memory
 
         keep_freed_memory()
-    if words and words[0] in ("fuse", "verify"):
+    if words and words[0] in ("fuse", "merge", "resize", "verify"):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # they have threads of their own, which BLAS's would hinder
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)  # before and after the command, a signal just ends the process

@@ -65,7 +65,7 @@ def open_adapters(
         raise UsageError("no adapter was named", hint="loraconv fuse ADAPTER --base MODEL -o OUT")
     if len(named) > 1 and (alpha is not None or rank is not None):
         raise UsageError(
-            "--alpha and --rank speak of one adapter, and several are fused",
+            "--alpha and --rank speak of one adapter, and several are named",
             hint="write it into the adapter that lacks it: loraconv convert ADAPTER --alpha A --to peft -o FIXED",
         )
     used = tuple(_open(path, strength, stack, given_alpha(alpha), rank, strict, nearest) for path, strength in named)

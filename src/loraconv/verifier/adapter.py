@@ -21,7 +21,7 @@ def prove_adapter(expected: Expectation, stored: Pairs, *, scale_ignored: bool) 
     if not checks[0].passed:
         return Proof("adapter", tuple(checks), ())
     if scale_ignored:
-        checks.append(_unread_scale(stored))
+        checks.append(unread_scale(stored))
     return Proof("adapter", tuple(checks), adapter_controls(expected, stored, _first_failure))
 
 
@@ -85,7 +85,7 @@ def _delta(expected: Pairs, stored: Pairs) -> Check:
     return Check("L2", "delta of every module in float64", not wrong, len(outcomes), error, bound, detail)
 
 
-def _unread_scale(stored: Pairs) -> Check:
+def unread_scale(stored: Pairs) -> Check:
     wrong = [module for module, pair in stored.items() if pair.scale != 1]
     detail = f"consumers that ignore the header would apply another strength to {len(wrong)} modules" if wrong else ""
     return Check("L2", "same strength where the header is not read", not wrong, len(stored), detail=detail)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,25 +56,44 @@ def prove_written(
     Raises :class:`ProofFailed` where the output cannot be read or compared at all, :class:`FormatError` where no oracle
     knows the format. Errors about the source are passed on.
     """
-    with _as_failure(folder), ExitStack() as stack:
+    with as_failure(folder), ExitStack() as stack:
         if kind == "base":
             check_base_files(folder, files)
             opened = {name: stack.enter_context(opener(folder / name)) for name in files}
             return _prove_base(folder, opened, source, dtype)
-        name = adapter_file(kind, folder, files)
-        file = stack.enter_context(InputFile(folder / name))
-        tensors, metadata = _safetensors(file) if _is_safetensors(file, kind) else _torch(file, kind)
-        settings = _settings(folder, SETTINGS_FILES.get(kind, "" if kind in ORACLES else settings_file))
-        if kind in ORACLES:
-            check_written(kind, tensors, metadata, settings)
-        written = pairs_of(kind, [tensors], metadata, settings, None)
+        written = read_adapter_files(folder, kind, files, settings_file, stack)
         pairs = pairs_of(source_kind, list(source.ranks), source.metadata, source.config, alpha)
         earlier = source_record(source.metadata, source.config)
-        dtypes = expected_dtypes(pairs, written, dtype, recorded_dtypes(earlier))
-        proof = prove_adapter(Expectation(pairs, dtypes), written, scale_ignored=every_consumer)
+        dtypes = expected_dtypes(pairs, written.pairs, dtype, recorded_dtypes(earlier))
+        proof = prove_adapter(Expectation(pairs, dtypes), written.pairs, scale_ignored=every_consumer)
         if source_kind != "sat" or kind not in ORACLES:
             return proof
-        return replace(proof, checks=(*proof.checks, *_origin(kind, pairs, record(metadata, settings), earlier)))
+        told = record(written.metadata, written.settings)
+        return replace(proof, checks=(*proof.checks, *_origin(kind, pairs, told, earlier)))
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An adapter that was written: what the format says that it is, its header and its settings file."""
+
+    pairs: Mapping[str, Pair]
+    metadata: Mapping[str, str]
+    settings: Mapping[str, Any] | None
+
+
+def read_adapter_files(folder: Path, kind: str, files: Sequence[str], settings_file: str, stack: ExitStack) -> Written:
+    """The adapter of format ``kind`` that was written into ``folder``; ``stack`` closes its file.
+
+    Raises :class:`ProofFailed` where a consumer would not load it, and whatever a file that cannot be read raises:
+    call it inside of :func:`as_failure`.
+    """
+    name = adapter_file(kind, folder, files)
+    file = stack.enter_context(InputFile(folder / name))
+    tensors, metadata = _safetensors(file) if _is_safetensors(file, kind) else _torch(file, kind)
+    settings = _settings(folder, SETTINGS_FILES.get(kind, "" if kind in ORACLES else settings_file))
+    if kind in ORACLES:
+        check_written(kind, tensors, metadata, settings)
+    return Written(pairs_of(kind, [tensors], metadata, settings, None), metadata, settings)
 
 
 def _origin(
@@ -87,7 +106,7 @@ def _origin(
 
 
 @contextmanager
-def _as_failure(folder: Path) -> Iterator[None]:
+def as_failure(folder: Path) -> Iterator[None]:
     """Whatever goes wrong with the output is a failed proof; an error about the source stays what it is."""
     try:
         yield
