@@ -13,7 +13,7 @@ DIFFUSERS = Dialect(
     file="pytorch_lora_weights.safetensors",
     down="{module}.lora_A.weight",
     up="{module}.lora_B.weight",
-    prefixes=("transformer.", ""),
+    prefixes=("{component}.", ""),
     header="lora_adapter_metadata",
     default_alpha="rank",
     default_why="diffusers applies scale 1 (alpha = rank) to a file without lora_adapter_metadata",

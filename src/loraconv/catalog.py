@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from loraconv.naming import namings
 from loraconv.registry import dialect, dialects, families
 from loraconv.rules import Dialect
 
@@ -34,7 +35,7 @@ def formats(name: str | None = None) -> tuple[FormatInfo, ...]:
 
 
 def _info(d: Dialect) -> FormatInfo:
-    models = tuple(f.title for f in families() if not d.spelling or d.spelling in f.spellings)
+    models = tuple(f.title for f in families() if namings(d.name, f.name))
     keys = tuple(d.prefixes[0] + template for template in (d.down, d.up))
     return FormatInfo(d.name, d.title, d.file, keys, _scale(d), d.carries, d.cannot_carry, models, d.facts)
 

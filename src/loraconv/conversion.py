@@ -142,7 +142,7 @@ def sat2diffusers(
     limit = parse_size(max_shard_size)
     with open_source(src) as source:
         detected = detect(source)
-        if not detected.dialect.spelling:
+        if not detected.dialect.holds_models:
             raise FormatError(
                 f"{printable(str(src))} is not a SAT checkpoint: {detected.reason}",
                 hint=f"loraconv convert {quoted(src)} -o {quoted(out)} --to diffusers",

@@ -108,7 +108,7 @@ def summarise(source: Source, detected: Detected, *, alpha: Fraction | None = No
 
 def _model(source: Source, detected: Detected) -> tuple[dict[str, Any] | None, str, list[str]]:
     family = detected.family
-    if detected.spelling is None or not detected.ledger.base:
+    if not detected.dialect.holds_models or not detected.ledger.base:
         return None, f"{family.title} (the adapter alone does not tell which)", []
     try:
         bare = bare_tensors(source, detected)
@@ -195,7 +195,7 @@ def _next(source: Source, detected: Detected, problem: str) -> str:
     path = quoted(source.path)
     if source.incomplete:
         return ""
-    if detected.dialect.spelling:
+    if detected.dialect.holds_models:
         if not detected.has_factors:
             return f"loraconv sat2diffusers {path} --what base -o transformer"
         nearest = " --nearest" if len(source.ranks) > 1 else ""

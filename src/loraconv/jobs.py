@@ -69,7 +69,7 @@ def adapter_job(source: Source, detected: Detected, to: str, options: Options) -
     plan = plan_adapter(adapter, target, detected.family, dtype=options.dtype_name, scale_in=options.scale_in)
     proof = {
         "alpha": alpha,
-        "every_consumer": not target.every_consumer_reads_alpha and folds(adapter.factors, options.scale_in),
+        "every_consumer": not target.every_consumer_reads_alpha and folds(adapter.factors, target, options.scale_in),
         "dtype": options.dtype_name,
     }
     return Job(plan, "", proof), notices

@@ -163,7 +163,7 @@ def adapter_pairs(source: Source, alpha: float | None) -> dict[str, Pair]:
 def _refuse(source: Source, detected: Detected) -> None:
     if not detected.has_factors or source.incomplete:
         raise _not_comparable(source, detected.reason)
-    rest = [*detected.ledger.unknown, *detected.ledger.base] if detected.spelling is None else []
+    rest = [*detected.ledger.unknown, *detected.ledger.base] if not detected.dialect.holds_models else []
     if rest:
         raise _not_comparable(source, f"besides plain LoRA factors it holds {'; '.join(fold_names(rest)[:4])}")
 

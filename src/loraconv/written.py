@@ -1,0 +1,125 @@
+"""An adapter's factors as a target's file has them: under its names, several modules in one where it fuses them.
+
+Modules that share their down become one pair with their ups as its rows. Others stand side by side: up is zero outside
+of its blocks, the ranks add up, and alpha grows with the rank, so that the scale stays (what kohya-ss/sd-scripts#2204 is
+about).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loraconv.adapter import Factor
+from loraconv.errors import FormatError
+from loraconv.lazy import Joined, Lazy, Padded, Rows, Zeros, same_bytes
+from loraconv.names import fold_names, printable
+from loraconv.naming import Naming, namings
+from loraconv.rules import Dialect, Family, Rule
+from loraconv.scale import Scale
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One pair of factors under the name of its module in the file (prefix and all); ``part`` is empty or a number."""
+
+    module: str
+    part: str
+    down: Lazy
+    up: Lazy
+    scale: Scale
+
+
+def write_pairs(factors: Sequence[Factor], target: Dialect, family: Family) -> list[Written]:
+    """The pairs of the target's file. Raises :class:`FormatError` for what it has no names for or cannot fuse."""
+    if target.read_only:
+        raise FormatError(f"{target.name} is read, not written", why=target.read_only, slug="read-only")
+    ways = namings(target.name, family.name)
+    if not ways:
+        raise FormatError(
+            f"{target.name} has no names for the modules of {family.title}",
+            why=f"no table spells them for {' or '.join(target.spellings)}",
+            hint="loraconv formats",
+            slug="cannot-carry",
+        )
+    _check_components(factors, target, family)
+    grouped: dict[str, tuple[Rule, dict[int, Factor]]] = {}
+    for factor, (written, rule, part) in zip(factors, _names(factors, ways[0]), strict=True):
+        grouped.setdefault(written, (rule, {}))[1][part] = factor
+    made: list[Written] = []
+    for module, (rule, parts) in grouped.items():
+        if "{part}" in target.down:
+            made += [Written(module, str(part), f.down, f.up, f.scale) for part, f in parts.items()]
+        else:
+            made.append(_fused(module, rule, parts))
+    return made
+
+
+def _names(factors: Sequence[Factor], naming: Naming) -> list[tuple[str, Rule, int]]:
+    found = [naming.write(f.module) for f in factors]
+    spelling = naming.spelling
+    able = [w is not None and (spelling is None or spelling.can_adapt(w[1].there)) for w in found]
+    foreign = [f.module for f, fine in zip(factors, able, strict=True) if not fine]
+    if foreign:
+        only = spelling.adapts if spelling is not None else ()
+        raise FormatError(
+            f"{naming.dialect.name} cannot carry {len(foreign)} of the adapter's modules",
+            where="; ".join(fold_names(foreign)[:4]),
+            why=f"it adapts {' and '.join(only)} only" if only else "it has no names for them",
+            hint="convert to diffusers or peft instead: --to peft",
+            slug="cannot-carry",
+        )
+    return [w for w in found if w is not None]
+
+
+def _check_components(factors: Sequence[Factor], target: Dialect, family: Family) -> None:
+    """Without the component in its names, a file can be of one component only."""
+    there = {f.module.partition(".")[0] for f in factors} if not family.component else set()
+    if len(there) > 1 and "{component}" not in target.prefixes[0]:
+        raise FormatError(
+            f"{target.name} cannot carry an adapter of several components",
+            where=", ".join(sorted(there)),
+            why="its names do not say which component they belong to",
+            hint="convert to diffusers or kohya instead: --to diffusers",
+            slug="cannot-carry",
+        )
+
+
+def _fused(module: str, rule: Rule, parts: dict[int, Factor]) -> Written:
+    """The one pair for what belongs to one module of the file, a part of it by its number among the rule's targets."""
+    first = next(iter(parts.values()))
+    pieces = rule.pieces(first.up.shape[0], first.down.shape[1])
+    if pieces == ((0,),):
+        return Written(module, "", first.down, first.up, first.scale)
+    chunk = _chunk(module, pieces, parts)
+    shared = all(same_bytes(f.down, first.down) for f in parts.values()) and len(parts) == len(pieces)
+    rank = first.rank if shared else sum(f.rank for f in parts.values())
+    rows: list[Lazy] = [Zeros(first.up.dtype, (chunk, rank))] * sum(map(len, pieces))
+    at = 0
+    for number, factor in sorted(parts.items()):
+        up = factor.up if shared else Padded(factor.up, at, rank)
+        for place, own in enumerate(pieces[number]):
+            rows[own] = Rows(up, place * chunk, (place + 1) * chunk) if len(pieces[number]) > 1 else up
+        at += factor.rank
+    down = first.down if shared else _joined([f.down for _, f in sorted(parts.items())])
+    return Written(module, "", down, _joined(rows), first.scale.of_rank(rank))
+
+
+def _joined(parts: list[Lazy]) -> Lazy:
+    return parts[0] if len(parts) == 1 else Joined(tuple(parts), 0)
+
+
+def _chunk(module: str, pieces: Sequence[Sequence[int]], parts: dict[int, Factor]) -> int:
+    """The rows of one chunk; raises :class:`FormatError` where the parts cannot be one module."""
+    found = [divmod(f.up.shape[0], len(pieces[number])) for number, f in parts.items()]
+    kinds = {(f.scale.exact or f.scale.value, f.down.shape[1], f.down.dtype, f.up.dtype) for f in parts.values()}
+    if len(set(found)) > 1 or found[0][1] or len(kinds) > 1:
+        shown = "; ".join(fold_names(f.module for f in parts.values())[:4])
+        raise FormatError(
+            f"these modules are one in the target, {printable(module)}, and cannot be put into it",
+            where=shown,
+            why="their scales, dtypes or sizes differ, and one pair of factors has one of each",
+            hint="convert to diffusers or peft instead: --to peft",
+            slug="cannot-carry",
+        )
+    return found[0][0]
