@@ -71,6 +71,25 @@ SAT = Spelling(
     adapts=("transformer.layers.{i}.attention.query_key_value", "transformer.layers.{i}.attention.dense"),
 )
 
+MODULES = (
+    "patch_embed.proj",
+    "patch_embed.text_proj",
+    "time_embedding.linear_1",
+    "time_embedding.linear_2",
+    "ofs_embedding.linear_1",
+    "ofs_embedding.linear_2",
+    "transformer_blocks.{i}.norm1.linear",
+    "transformer_blocks.{i}.attn1.to_q",
+    "transformer_blocks.{i}.attn1.to_k",
+    "transformer_blocks.{i}.attn1.to_v",
+    "transformer_blocks.{i}.attn1.to_out.0",
+    "transformer_blocks.{i}.norm2.linear",
+    "transformer_blocks.{i}.ff.net.0.proj",
+    "transformer_blocks.{i}.ff.net.2",
+    "norm_out.linear",
+    "proj_out",
+)
+
 _NETWORK = "model.network_config.params"
 
 _HEAD_DIM = "mixins.adaln_layer.query_layernorm_list.0.weight"
@@ -146,6 +165,7 @@ COGVIDEOX = Family(
     title="CogVideoX",
     model_class="CogVideoXTransformer3DModel",
     component="transformer",
+    modules=MODULES,
     spellings={"sat": SAT},
     settings=SETTINGS,
     positions=(

@@ -14,6 +14,9 @@ from loraconv.rules import Dialect, Family, Rename, Rule, Spelling, fill
 #: Stands for any number in the shape of a name.
 _ANY = "#"
 
+#: What diffusers calls the parts of a pipeline that adapters are put on.
+_PIPELINE = ("transformer", "transformer_2", "unet", "text_encoder", "text_encoder_2", "text_encoder_3")
+
 Entry = tuple[Rule, int]
 
 
@@ -64,7 +67,7 @@ class Naming:
         """``place``: which of the dialect's prefixes."""
         self.dialect, self.family, self.place, self._spelling = dialect, family, place, spelling
         prefix = dialect.prefixes[place]
-        short = {c: dialect.components.get(c, c) for c in components(family)}
+        short = {c: dialect.components.get(c, c) for c in components(family)} or {"": ""}
         self.prefixes: Mapping[str, str] = {c: fill(prefix, {"component": text}) for c, text in short.items()}
 
     @property
@@ -94,9 +97,9 @@ class Naming:
         if found is None:
             return None
         rule, part, fields = found
-        there, component = fill(rule.there, fields), self.family.component or module.partition(".")[0]
-        if not self.family.component:
-            there = there.removeprefix(f"{component}.")
+        there, component = fill(rule.there, fields), self.family.component
+        if not component and "" not in self.prefixes:
+            component, _, there = there.partition(".")
         return self.prefixes[component] + there.replace(".", self.dialect.separator), rule, part
 
     def names(self) -> list[str]:
@@ -109,11 +112,12 @@ class Naming:
 
 
 def components(family: Family) -> tuple[str, ...]:
-    """The pipeline components that a family's adapters belong to. Where there are several, module names begin with
-    theirs."""
+    """The pipeline components that a family's adapters belong to; none for a model of another kind. Where there are
+    several, module names begin with theirs."""
     if family.component:
         return (family.component,)
-    return tuple(dict.fromkeys(rule.targets[0].partition(".")[0] for rule in _rules(family, "")))
+    first = dict.fromkeys(rule.targets[0].partition(".")[0] for rule in _rules(family, ""))
+    return tuple(step for step in first if step in _PIPELINE)
 
 
 @cache
@@ -122,6 +126,8 @@ def namings(dialect: str, family: str) -> tuple[Naming, ...]:
     from loraconv.registry import dialect as dialect_of
 
     table, model = dialect_of(dialect), _family(family)
+    if not table.any_model and not components(model):
+        return ()
     spellings = [s for s in table.spellings if not s or s in model.spellings]
     return tuple(Naming(table, model, n, spelling) for spelling in spellings for n in range(len(table.prefixes)))
 
@@ -145,7 +151,7 @@ def _rules(family: Family, spelling: str) -> tuple[Rule, ...]:
 def _theres(family: str, spelling: str, separator: str, component: str) -> Vocabulary:
     model = _family(family)
     rules: Iterable[Rule] = _rules(model, spelling)
-    if model.component:
+    if model.component or not component:
         return Vocabulary(((rule.there, (rule, 0)) for rule in rules), separator)
     begin = f"{component}."
     own = (rule for rule in rules if rule.targets[0].startswith(begin))

@@ -19,10 +19,20 @@ from loraconv.rules import Dialect, Family
 
 _GROUP = "loraconv.formats"
 _TABLES = {
-    "loraconv.converters.sat":              "SAT",
-    "loraconv.converters.diffusers":        "DIFFUSERS",
-    "loraconv.converters.peft":             "PEFT",
-    "loraconv.converters.models.cogvideox": "COGVIDEOX",
+    "loraconv.converters.sat":                  "SAT",
+    "loraconv.converters.diffusers":            "DIFFUSERS",
+    "loraconv.converters.peft":                 "PEFT",
+    "loraconv.converters.models.cogvideox":     "COGVIDEOX",
+    "loraconv.converters.models.flux":          "FLUX",
+    "loraconv.converters.models.hunyuan_video": "HUNYUAN_VIDEO",
+    "loraconv.converters.models.llama":         "LLAMA",
+    "loraconv.converters.models.llava":         "LLAVA",
+    "loraconv.converters.models.ltx_video":     "LTX_VIDEO",
+    "loraconv.converters.models.mochi":         "MOCHI",
+    "loraconv.converters.models.qwen_image":    "QWEN_IMAGE",
+    "loraconv.converters.models.sd3":           "SD3",
+    "loraconv.converters.models.sdxl":          "SDXL",
+    "loraconv.converters.models.wan":           "WAN",
 }  # fmt: skip
 
 

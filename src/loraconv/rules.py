@@ -16,6 +16,7 @@ from typing import Literal
 from loraconv.io.run_folder import RunLayout
 
 __all__ = [
+    "Blocks",
     "By",
     "Dialect",
     "Dropped",
@@ -26,12 +27,14 @@ __all__ = [
     "Kernel",
     "Layers",
     "Mark",
+    "Modulation",
     "Positions",
     "Regrouped",
     "Release",
     "Rename",
     "Rule",
     "RunLayout",
+    "Same",
     "Setting",
     "Size",
     "Spelling",
@@ -41,6 +44,7 @@ __all__ = [
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _NUMBER = r"(?:0|[1-9][0-9]*)"
+_ANY_NUMBER = re.compile(r"\{\w+\}|\d+")
 
 
 @lru_cache(maxsize=4096)
@@ -79,6 +83,11 @@ def _check_fields(there: str, here: str) -> None:
         raise ValueError(f"{there} and {here} do not have the same fields")
 
 
+def _shape(name: str) -> str:
+    """A name or template with ``#`` for every number and field: what fits one template has one shape."""
+    return _ANY_NUMBER.sub("#", name)
+
+
 def _overlap(one: str, other: str) -> bool:
     """True if some name fits both templates: step by step they are equal, or a number field meets a number."""
     steps, others = one.split("."), other.split(".")
@@ -88,6 +97,9 @@ def _overlap(one: str, other: str) -> bool:
 
     return len(steps) == len(others) and all(meet(a, b) or meet(b, a) for a, b in zip(steps, others, strict=True))
 
+
+#: Which equal chunks of a module's rows each of its targets has, in this order; none if there is no such target.
+Pieces = tuple[tuple[int, ...], ...]
 
 #: How model parallelism splits a module: ``rows`` splits weight, bias and up along dimension 0 (a column-parallel
 #: linear layer), ``columns`` splits weight and down along dimension 1 (a row-parallel one), ``whole`` copies it.
@@ -114,6 +126,36 @@ class Rename:
     def targets(self) -> tuple[str, ...]:
         return (self.here,)
 
+    def pieces(self, rows: int, columns: int) -> Pieces:
+        return ((0,),)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The same modules in several blocks: one :class:`Rename` for each block and each module in it.
+
+    ``blocks`` and ``modules`` give the trainer's part of a name and the one of diffusers.
+    """
+
+    blocks: Mapping[str, str]
+    modules: Mapping[str, str]
+
+    @property
+    def renames(self) -> tuple[Rename, ...]:
+        pairs = [(block, module) for block in self.blocks.items() for module in self.modules.items()]
+        return tuple(Rename(f"{b[0]}.{m[0]}", f"{b[1]}.{m[1]}") for b, m in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Same:
+    """Modules that the trainer names as diffusers does."""
+
+    modules: tuple[str, ...]
+
+    @property
+    def renames(self) -> tuple[Rename, ...]:
+        return tuple(Rename(name, name) for name in self.modules)
+
 
 @dataclass(frozen=True, slots=True)
 class Fused:
@@ -134,6 +176,9 @@ class Fused:
     @property
     def targets(self) -> tuple[str, ...]:
         return self.here
+
+    def pieces(self, rows: int, columns: int) -> Pieces:
+        return tuple((n,) for n in range(len(self.here)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +203,35 @@ class Regrouped:
     def targets(self) -> tuple[str, ...]:
         return tuple(self.here)
 
+    def pieces(self, rows: int, columns: int) -> Pieces:
+        return tuple(self.here.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Modulation:
+    """A module of every block whose rows mean something else in the last block.
+
+    No name tells which block is the last one, but there the module has ``ratio`` times as many rows as columns.
+    ``here`` and ``last`` deal out the chunks as :class:`Regrouped` does.
+    """
+
+    there: str
+    here: Mapping[str, tuple[int, ...]]
+    last: Mapping[str, tuple[int, ...]]
+    ratio: float
+
+    def __post_init__(self) -> None:
+        Regrouped(self.there, self.here)
+        Regrouped(self.there, self.last)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.here, *self.last)))
+
+    def pieces(self, rows: int, columns: int) -> Pieces:
+        dealt = self.last if rows == self.ratio * columns else self.here
+        return tuple(dealt.get(target, ()) for target in self.targets)
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
@@ -179,6 +253,9 @@ class Kernel:
     def targets(self) -> tuple[str, ...]:
         return (self.here,)
 
+    def pieces(self, rows: int, columns: int) -> Pieces:
+        return ((0,),)
+
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
@@ -188,7 +265,17 @@ class Dropped:
     why: str
 
 
-Rule = Rename | Fused | Regrouped | Kernel
+#: A rule cuts the rows of ``there`` (of a weight, a bias, or an adapter's ``up``) into as many equal chunks as
+#: ``pieces(rows, columns)`` has numbers, and gives each target its chunks; ``columns`` are those of weight or ``down``.
+Rule = Rename | Fused | Regrouped | Modulation | Kernel
+
+
+def _refuse_ambiguous(templates: list[str]) -> None:
+    for number, name in enumerate(templates):
+        other = next((n for n in templates[:number] if _overlap(n, name)), None)
+        if other is not None:
+            what = f"{name} is there more than once" if other == name else f"{other} and {name} fit one name"
+            raise ValueError(f"ambiguous table: {what}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,23 +288,34 @@ class Spelling:
     rules: tuple[Rule, ...]
     dropped: tuple[Dropped, ...] = ()
     adapts: tuple[str, ...] = ()
+    _theres: Mapping[str, list[Rule]] = field(init=False, repr=False, compare=False)
+    _heres: Mapping[str, list[tuple[Rule, int]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        heres = [h for rule in self.rules for h in rule.targets]
-        theres = [rule.there for rule in self.rules]
-        strange = set(self.adapts) - set(theres)
+        strange = set(self.adapts) - {rule.there for rule in self.rules}
         if strange:
             raise ValueError(f"adapts names modules without a rule: {sorted(strange)}")
-        for names in (heres, theres):
-            for number, name in enumerate(names):
-                other = next((n for n in names[:number] if _overlap(n, name)), None)
-                if other is not None:
-                    what = f"{name} is there more than once" if other == name else f"{other} and {name} fit one name"
-                    raise ValueError(f"ambiguous table: {what}")
+        theres: dict[str, list[Rule]] = {}
+        heres: dict[str, list[tuple[Rule, int]]] = {}
+        for rule in self.rules:
+            theres.setdefault(_shape(rule.there), []).append(rule)
+            for part, here in enumerate(rule.targets):
+                heres.setdefault(_shape(here), []).append((rule, part))
+        for rules in theres.values():
+            _refuse_ambiguous([rule.there for rule in rules])
+        for parts in heres.values():
+            _refuse_ambiguous([rule.targets[part] for rule, part in parts])
+        object.__setattr__(self, "_theres", theres)
+        object.__setattr__(self, "_heres", heres)
+
+    @property
+    def heres(self) -> tuple[str, ...]:
+        """The diffusers names that the rules lead to."""
+        return tuple(here for rule in self.rules for here in rule.targets)
 
     def find(self, module: str) -> tuple[Rule, dict[str, str]] | None:
         """The rule for a trainer's module name, with the fields of the match."""
-        for rule in self.rules:
+        for rule in self._theres.get(_shape(module), ()):
             fields = match(rule.there, module)
             if fields is not None:
                 return rule, fields
@@ -225,11 +323,10 @@ class Spelling:
 
     def find_part(self, here: str) -> tuple[str, int] | None:
         """The trainer's module and part number for a diffusers module name: the table read the other way."""
-        for rule in self.rules:
-            for part, template in enumerate(rule.targets):
-                fields = match(template, here)
-                if fields is not None:
-                    return fill(rule.there, fields), part
+        for rule, part in self._heres.get(_shape(here), ()):
+            fields = match(rule.targets[part], here)
+            if fields is not None:
+                return fill(rule.there, fields), part
         return None
 
     def can_adapt(self, module: str) -> bool:
@@ -325,10 +422,10 @@ class Release:
 class Family:
     """A model family: its diffusers class, the trainers' spellings of it, and how its configuration is told.
 
-    ``component`` is the pipeline part that adapters belong to (the prefix in diffusers files). ``modules`` are templates
-    of the modules (diffusers names) that an adapter can be put on; empty where a spelling lists them. ``spellings`` are
-    the other names of these modules: ``sat``, or ``original`` for those of the model's own repository. ``settings``
-    and ``releases`` (from the most to the least specific) are there where a whole model can be converted.
+    ``component`` is the pipeline part that adapters belong to (the prefix in diffusers files); where it is empty,
+    module names begin with theirs. ``modules`` are templates of the modules (diffusers names) that an adapter can be
+    put on, ``spellings`` their other names: ``sat``, or ``original`` for those of the model's own repository.
+    ``settings`` and ``releases`` (from the most to the least specific) are there where a whole model can be converted.
     """
 
     name: str
@@ -340,10 +437,19 @@ class Family:
     settings: tuple[Setting, ...] = ()
     releases: tuple[Release, ...] = ()
     positions: tuple[Positions, ...] = ()
+    _listed: Mapping[str, list[str]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        listed: dict[str, list[str]] = {}
+        for template in self.modules:
+            listed.setdefault(_shape(template), []).append(template)
+        for templates in listed.values():
+            _refuse_ambiguous(templates)
+        object.__setattr__(self, "_listed", listed)
 
     def knows(self, module: str) -> bool:
         """True if ``module`` (diffusers name) is one that the family has."""
-        listed = any(match(template, module) is not None for template in self.modules)
+        listed = any(match(template, module) is not None for template in self._listed.get(_shape(module), ()))
         return listed or any(s.find_part(module) for s in self.spellings.values())
 
 
@@ -393,7 +499,8 @@ class Dialect:
     ``every_consumer_reads_alpha`` is false where some consumer of the format applies scale 1 whatever the file says,
     so that the scale has to be folded into ``up``.
 
-    Kin. A dialect that is a ``variant_of`` another has the same keys and is told from it by one of its ``marks``.
+    Kin. ``any_model`` is true where the format is for any model, and not only for the components of image and video
+    pipelines. A dialect that is a ``variant_of`` another has the same keys and is told from it by one of its ``marks``.
     ``read_only`` says why a dialect is not written, and what to write instead.
     """
 
@@ -427,6 +534,7 @@ class Dialect:
     default_alpha: int | Literal["rank"] | None = None
     default_why: str = ""
     every_consumer_reads_alpha: bool = True
+    any_model: bool = False
     variant_of: str = ""
     marks: tuple[Mark, ...] = ()
     read_only: str = ""

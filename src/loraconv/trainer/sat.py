@@ -16,7 +16,7 @@ from loraconv.errors import FormatError
 from loraconv.lazy import Joined, Lazy
 from loraconv.names import fold_names
 from loraconv.registry import dialect, families
-from loraconv.rules import Fused, Kernel, Regrouped, Rename, Rule, Spelling, fill, match
+from loraconv.rules import Fused, Regrouped, Rename, Rule, Spelling, fill, match
 from loraconv.trainer.adapters import AdaptedModule
 
 Tensors = Mapping[str, torch.Tensor]
@@ -82,7 +82,7 @@ class _Split:
         return tensor.chunk(self.world, dim)[self.rank]
 
     def weight(self, rule: Rule, param: str, tensor: torch.Tensor) -> torch.Tensor:
-        parallel = "whole" if isinstance(rule, Regrouped | Kernel) else rule.parallel
+        parallel = rule.parallel if isinstance(rule, Rename | Fused) else "whole"
         if parallel == "rows":
             return self.part(tensor, 0)
         return self.part(tensor, 1) if parallel == "columns" and param == "weight" else tensor

@@ -1,0 +1,72 @@
+"""FLUX.1 (dev, schnell, Fill, Kontext): the module names of Black Forest Labs against those of diffusers.
+
+Facts: black-forest-labs/flux ``src/flux/modules/layers.py`` and ``model.py``, huggingface/diffusers
+``models/transformers/transformer_flux.py``. ``linear1`` is q, k, v and, four times as wide, the first layer of the
+feed-forward. The last modulation is shift and scale, in diffusers scale and shift.
+"""
+
+from loraconv.rules import Blocks, Family, Fused, Regrouped, Rename, Spelling
+
+ORIGINAL = Spelling(
+    rules=(
+        Fused(
+            "double_blocks.{i}.img_attn.qkv",
+            (
+                "transformer_blocks.{i}.attn.to_q",
+                "transformer_blocks.{i}.attn.to_k",
+                "transformer_blocks.{i}.attn.to_v",
+            ),
+        ),
+        Fused(
+            "double_blocks.{i}.txt_attn.qkv",
+            (
+                "transformer_blocks.{i}.attn.add_q_proj",
+                "transformer_blocks.{i}.attn.add_k_proj",
+                "transformer_blocks.{i}.attn.add_v_proj",
+            ),
+        ),
+        *Blocks(
+            {"double_blocks.{i}": "transformer_blocks.{i}"},
+            {
+                "img_attn.proj": "attn.to_out.0",
+                "img_mlp.0":     "ff.net.0.proj",
+                "img_mlp.2":     "ff.net.2",
+                "img_mod.lin":   "norm1.linear",
+                "txt_attn.proj": "attn.to_add_out",
+                "txt_mlp.0":     "ff_context.net.0.proj",
+                "txt_mlp.2":     "ff_context.net.2",
+                "txt_mod.lin":   "norm1_context.linear",
+            },
+        ).renames,
+        Regrouped(
+            "single_blocks.{i}.linear1",
+            {
+                "single_transformer_blocks.{i}.attn.to_q": (0,),
+                "single_transformer_blocks.{i}.attn.to_k": (1,),
+                "single_transformer_blocks.{i}.attn.to_v": (2,),
+                "single_transformer_blocks.{i}.proj_mlp":  (3, 4, 5, 6),
+            },
+        ),
+        Rename("single_blocks.{i}.linear2", "single_transformer_blocks.{i}.proj_out"),
+        Rename("single_blocks.{i}.modulation.lin", "single_transformer_blocks.{i}.norm.linear"),
+        Rename("img_in", "x_embedder"),
+        Rename("txt_in", "context_embedder"),
+        Rename("time_in.in_layer", "time_text_embed.timestep_embedder.linear_1"),
+        Rename("time_in.out_layer", "time_text_embed.timestep_embedder.linear_2"),
+        Rename("vector_in.in_layer", "time_text_embed.text_embedder.linear_1"),
+        Rename("vector_in.out_layer", "time_text_embed.text_embedder.linear_2"),
+        Rename("guidance_in.in_layer", "time_text_embed.guidance_embedder.linear_1"),
+        Rename("guidance_in.out_layer", "time_text_embed.guidance_embedder.linear_2"),
+        Regrouped("final_layer.adaLN_modulation.1", {"norm_out.linear": (1, 0)}),
+        Rename("final_layer.linear", "proj_out"),
+    ),
+)  # fmt: skip
+
+FLUX = Family(
+    name="flux",
+    title="FLUX.1",
+    model_class="FluxTransformer2DModel",
+    component="transformer",
+    modules=ORIGINAL.heres,
+    spellings={"original": ORIGINAL},
+)
