@@ -109,7 +109,8 @@ def summarise(source: Source, detected: Detected, *, alpha: Fraction | None = No
 def _model(source: Source, detected: Detected) -> tuple[dict[str, Any] | None, str, list[str]]:
     family = detected.family
     if not detected.dialect.holds_models or not detected.ledger.base:
-        return None, f"{family.title} (the adapter alone does not tell which)", []
+        titles = " or ".join(f.title for f in (family, *detected.alike))
+        return None, f"{titles} (the adapter alone does not tell which)", []
     try:
         bare = bare_tensors(source, detected)
         config = infer_config(family, bare, source.config).values
@@ -166,6 +167,7 @@ def _contents(source: Source, detected: Detected) -> list[Group]:
     ledger = detected.ledger
     named = [
         ("LoRA factors", ledger.factors),
+        ("alpha tensors", ledger.alphas),
         (f"{detected.family.title} base", ledger.base),
         *ledger.foreign.items(),
         ("known, not needed", list(ledger.dropped)),

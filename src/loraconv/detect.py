@@ -5,7 +5,7 @@ Every key ends up in exactly one group of the :class:`Ledger`, so nothing can be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loraconv.errors import FormatError
@@ -85,6 +85,10 @@ def _rewritten(dialect: Dialect, module: str) -> str:
     return module
 
 
+#: A name, what it spells, and the number of names that it stands for.
+_Key = tuple[str, FactorKey | None, int]
+
+
 @dataclass(frozen=True, slots=True)
 class _Reading:
     """One way to read the source: how many keys it explains (``factors``, then ``base``), whether something besides the
@@ -130,24 +134,32 @@ def detect(source: Source) -> Detected:
 
 
 def _readings(source: Source, names: Mapping[str, int]) -> list[_Reading]:
-    """Every reading that explains some of ``names``, which stand for as many keys each."""
-    found = []
-    for dialect in dialects():
-        mark = next((m for m in dialect.marks if is_there(m, source)), None)
-        if dialect.variant_of and mark is None:
-            continue
-        keys = [(name, factor_key(dialect, name), count) for name, count in names.items()]
-        for family in families():
-            for naming in namings(dialect.name, family.name):
-                factors, base = _score(keys, naming)
-                if factors or base:
-                    found.append(_Reading(naming, factors, base, mark))
-    return found
+    """Every reading that explains some of ``names``, which stand for as many keys each; of those without factors none
+    where some reading has factors."""
+    parsed = [(d, [(name, factor_key(d, name), count) for name, count in names.items()]) for d in dialects()]
+    able = [(d, keys) for d, keys in parsed if any(key is not None for _, key, _ in keys)]
+    found = [reading for d, keys in able for reading in _readings_as(source, d, keys)]
+    if any(reading.factors for reading in found):
+        return found
+    return [reading for d, keys in parsed for reading in _readings_as(source, d, keys)]
 
 
-def _score(keys: Iterable[tuple[str, FactorKey | None, int]], naming: Naming) -> tuple[int, int]:
+def _readings_as(source: Source, dialect: Dialect, keys: Sequence[_Key]) -> Iterator[_Reading]:
+    mark = next((m for m in dialect.marks if is_there(m, source)), None)
+    if dialect.variant_of and mark is None:
+        return
+    for family in families():
+        for naming in namings(dialect.name, family.name):
+            factors, base = _score(keys, naming)
+            if factors or base:
+                yield _Reading(naming, factors, base, mark)
+
+
+def _score(keys: Sequence[_Key], naming: Naming) -> tuple[int, int]:
     factors = base = 0
     for name, key, count in keys:
+        if not naming.begins(name):
+            continue
         group = _group(name, key, naming)
         factors += count * (group in ("factors", "alphas"))
         base += count * (group == "base")

@@ -67,8 +67,9 @@ class Naming:
         """``place``: which of the dialect's prefixes."""
         self.dialect, self.family, self.place, self._spelling = dialect, family, place, spelling
         prefix = dialect.prefixes[place]
-        short = {c: dialect.components.get(c, c) for c in components(family)} or {"": ""}
+        short = {c: dialect.components.get(c, c) for c in had(dialect, family)} or {"": ""}
         self.prefixes: Mapping[str, str] = {c: fill(prefix, {"component": text}) for c, text in short.items()}
+        self._begins = tuple(self.prefixes.values())
 
     @property
     def prefix(self) -> str:
@@ -79,6 +80,10 @@ class Naming:
     def spelling(self) -> Spelling | None:
         """The family's spelling; None where names are diffusers' own."""
         return self.family.spellings[self._spelling] if self._spelling else None
+
+    def begins(self, name: str) -> bool:
+        """True if ``name`` begins as the names of modules do."""
+        return name.startswith(self._begins)
 
     def find(self, written: str) -> tuple[Rule, dict[str, str]] | None:
         """The rule for a module name as it stands in the file (prefix and all), with the fields of the match."""
@@ -100,6 +105,8 @@ class Naming:
         there, component = fill(rule.there, fields), self.family.component
         if not component and "" not in self.prefixes:
             component, _, there = there.partition(".")
+        if component not in self.prefixes:
+            return None
         return self.prefixes[component] + there.replace(".", self.dialect.separator), rule, part
 
     def names(self) -> list[str]:
@@ -120,13 +127,18 @@ def components(family: Family) -> tuple[str, ...]:
     return tuple(step for step in first if step in _PIPELINE)
 
 
+def had(dialect: Dialect, family: Family) -> tuple[str, ...]:
+    """The components of a family that a dialect has."""
+    return tuple(c for c in components(family) if not dialect.components or c in dialect.components)
+
+
 @cache
 def namings(dialect: str, family: str) -> tuple[Naming, ...]:
     """Every way in which a dialect may write a family's modules, the one that is written first (all by name)."""
     from loraconv.registry import dialect as dialect_of
 
     table, model = dialect_of(dialect), _family(family)
-    if not table.any_model and not components(model):
+    if not had(table, model) and (components(model) or not table.any_model):
         return ()
     spellings = [s for s in table.spellings if not s or s in model.spellings]
     return tuple(Naming(table, model, n, spelling) for spelling in spellings for n in range(len(table.prefixes)))

@@ -10,9 +10,7 @@ from loraconv.rules import Fused, Rename
 from loraconv.source import Source
 
 
-def nearest_pairs(
-    source: Source, detected: Detected, ranks: list[dict[str, Halves]]
-) -> dict[str, Halves]:
+def nearest_pairs(source: Source, detected: Detected, ranks: list[dict[str, Halves]]) -> dict[str, Halves]:
     """The single adapter nearest to what the model-parallel ranks computed.
 
     A rows-parallel module (q, k, v) has its ``up`` rows on the ranks, and copies of ``down`` that drifted apart

@@ -96,7 +96,9 @@ def _part(detected: Detected, rule: Rule, key: FactorKey) -> str:
 
 def _cut(rule: Rule, down: TensorRef, up: TensorRef, by_block: bool) -> Iterator[tuple[str, Halves]]:
     """The target templates of one pair and the factors of each. With ``by_block``, alpha is that of one block."""
-    pieces = rule.pieces(up.shape[0], down.shape[1])
+    dealt = zip(rule.targets, rule.pieces(up.shape[0], down.shape[1]), strict=True)
+    targets = [(here, own) for here, own in dealt if own]
+    pieces = [own for _, own in targets]
     rank, count = down.shape[0], sum(map(len, pieces))
     chunk, left = divmod(up.shape[0], count)
     if left:
@@ -107,7 +109,7 @@ def _cut(rule: Rule, down: TensorRef, up: TensorRef, by_block: bool) -> Iterator
         )
     ups = [[up.rows(n * chunk, (n + 1) * chunk) for n in own] for own in pieces]
     width = _block_width(ups, rank)
-    for number, (here, parts) in enumerate(zip(rule.targets, ups, strict=True)):
+    for number, ((here, _), parts) in enumerate(zip(targets, ups, strict=True)):
         start, stop = (number * width, (number + 1) * width) if width else (0, rank)
         rows = up.rows(pieces[number][0] * chunk, (pieces[number][-1] + 1) * chunk)
         whole: Lazy = rows.columns(start, stop)

@@ -484,7 +484,8 @@ class Dialect:
 
     Keys. ``down`` and ``up`` spell the factors; ``also`` are other spellings of the two that are read. ``alpha`` spells
     the tensor that holds alpha, empty if there is none. ``prefixes`` is what stands before module names; in them
-    ``{component}`` is the pipeline component, as ``components`` abbreviates it. ``spellings`` name the family's spellings
+    ``{component}`` is the pipeline component. ``components`` are those that the dialect has and what it calls them; empty
+    means all, under their own names. ``spellings`` name the family's spellings
     that may follow, empty for diffusers' own names. Of prefixes and spellings the first that fits is written.
     ``separator`` replaces the dots in module names. ``rewrites`` turn module names into the usual ones when read.
     ``frozen`` spells the untouched weight of an adapted module.

@@ -58,10 +58,10 @@ def write_pairs(factors: Sequence[Factor], target: Dialect, family: Family) -> l
 def _names(factors: Sequence[Factor], naming: Naming) -> list[tuple[str, Rule, int]]:
     found = [naming.write(f.module) for f in factors]
     spelling = naming.spelling
-    able = [w is not None and (spelling is None or spelling.can_adapt(w[1].there)) for w in found]
+    only = spelling.adapts if spelling is not None else ()
+    able = [w is not None and (not only or w[1].there in only) for w in found]
     foreign = [f.module for f, fine in zip(factors, able, strict=True) if not fine]
     if foreign:
-        only = spelling.adapts if spelling is not None else ()
         raise FormatError(
             f"{naming.dialect.name} cannot carry {len(foreign)} of the adapter's modules",
             where="; ".join(fold_names(foreign)[:4]),
@@ -89,10 +89,11 @@ def _fused(module: str, rule: Rule, parts: dict[int, Factor]) -> Written:
     """The one pair for what belongs to one module of the file, a part of it by its number among the rule's targets."""
     first = next(iter(parts.values()))
     pieces = rule.pieces(first.up.shape[0], first.down.shape[1])
-    if pieces == ((0,),):
+    used = [own for own in pieces if own]
+    if used == [(0,)] and pieces[next(iter(parts))]:
         return Written(module, "", first.down, first.up, first.scale)
     chunk = _chunk(module, pieces, parts)
-    shared = all(same_bytes(f.down, first.down) for f in parts.values()) and len(parts) == len(pieces)
+    shared = all(same_bytes(f.down, first.down) for f in parts.values()) and len(parts) == len(used)
     rank = first.rank if shared else sum(f.rank for f in parts.values())
     rows: list[Lazy] = [Zeros(first.up.dtype, (chunk, rank))] * sum(map(len, pieces))
     at = 0
@@ -111,7 +112,7 @@ def _joined(parts: list[Lazy]) -> Lazy:
 
 def _chunk(module: str, pieces: Sequence[Sequence[int]], parts: dict[int, Factor]) -> int:
     """The rows of one chunk; raises :class:`FormatError` where the parts cannot be one module."""
-    found = [divmod(f.up.shape[0], len(pieces[number])) for number, f in parts.items()]
+    found = [divmod(f.up.shape[0], len(pieces[n])) if pieces[n] else (0, 1) for n, f in parts.items()]
     kinds = {(f.scale.exact or f.scale.value, f.down.shape[1], f.down.dtype, f.up.dtype) for f in parts.values()}
     if len(set(found)) > 1 or found[0][1] or len(kinds) > 1:
         shown = "; ".join(fold_names(f.module for f in parts.values())[:4])

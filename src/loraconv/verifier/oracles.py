@@ -18,6 +18,7 @@ import yaml
 from loraconv.errors import FormatError, ProofFailed
 from loraconv.lazy import TensorRef, read
 from loraconv.names import printable
+from loraconv.verifier import file_oracles
 from loraconv.verifier.numbers import Held, Pair, difference_norm, product_norm, values
 
 _SAT_FACTOR = re.compile(
@@ -208,7 +209,21 @@ Oracle = Callable[
     dict[str, Pair],
 ]
 #: Format name -> what a checkpoint of it holds: (tensors of each rank, header, settings file, alpha of the user).
-ORACLES: dict[str, Oracle] = {"sat": sat_pairs, "diffusers": diffusers_pairs, "peft": peft_pairs}
+ORACLES: dict[str, Oracle] = {
+    "ai-toolkit": diffusers_pairs,
+    "comfyui": file_oracles.comfyui_pairs,
+    "diffsynth": file_oracles.diffsynth_pairs,
+    "diffusers": diffusers_pairs,
+    "diffusers-old": file_oracles.diffusers_old_pairs,
+    "diffusion-pipe": file_oracles.diffusion_pipe_pairs,
+    "finetrainers": diffusers_pairs,
+    "kohya": file_oracles.kohya_pairs,
+    "onetrainer": file_oracles.onetrainer_pairs,
+    "peft": peft_pairs,
+    "sat": sat_pairs,
+    "simpletuner": file_oracles.simpletuner_pairs,
+    "videox-fun": file_oracles.videox_fun_pairs,
+}
 _GROUP = "loraconv.oracles"
 
 
