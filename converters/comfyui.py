@@ -1,8 +1,8 @@
 """The file with the model's original names that ComfyUI loads as it is.
 
-Facts: comfyanonymous/ComfyUI ``comfy/lora.py``, ``comfy/weight_adapter/lora.py``. ComfyUI asks for each weight's name in
-several spellings of the factors; alpha is a tensor beside them, and the rank without it. ``transformer.`` before original
-names is what diffusion-pipe writes for HunyuanVideo.
+Facts: comfyanonymous/ComfyUI ``comfy/lora.py``, ``comfy/weight_adapter/lora.py``. ComfyUI asks for each weight's name
+in several spellings of the factors; alpha is a tensor beside them, and the rank without it. ``transformer.`` before
+original names is what diffusion-pipe writes for HunyuanVideo.
 """
 
 from loraconv.rules import Dialect

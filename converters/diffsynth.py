@@ -1,7 +1,7 @@
 """The file of DiffSynth-Studio: no prefix, and peft's keys as they are in memory.
 
-Facts: modelscope/DiffSynth-Studio ``diffsynth/diffusion/training_module.py``, ``diffsynth/utils/lora``. The trainer sets
-alpha to the rank and writes it nowhere; the loader applies scale 1.
+Facts: modelscope/DiffSynth-Studio ``diffsynth/diffusion/training_module.py``, ``diffsynth/utils/lora``. The trainer
+sets alpha to the rank and writes it nowhere; the loader applies scale 1.
 """
 
 from loraconv.rules import Dialect

@@ -112,7 +112,7 @@ def _refuse_what_is_none(source: Source, detected: Detected) -> None:
 
 
 def _unknown_modules(detected: Detected, strange: list[str], rest: list[str]) -> FormatError:
-    """``strange``: LoRA tensors whose modules the family does not have; ``rest``: all tensors that are not understood."""
+    """``strange``: LoRA tensors whose modules the family does not have; ``rest``: all that are not understood."""
     keys = [factor_key(detected.dialect, name) for name in strange]
     modules = dict.fromkeys(key.module for key in keys if key is not None)
     near = get_close_matches(next(iter(modules)), detected.naming.names(), n=2, cutoff=0.5)

@@ -31,8 +31,8 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class Detected:
-    """The tables that fit a source, and why (``reason``, for people). ``alike`` are families whose modules have the very
-    names that the file has, so that the names do not tell which of them it is."""
+    """The tables that fit a source, and why (``reason``, for people). ``alike`` are families whose modules have the
+    very names that the file has, so that the names do not tell which of them it is."""
 
     dialect: Dialect
     family: Family
@@ -108,8 +108,15 @@ class _Reading:
         return self.factors, self.base, -self.naming.place
 
 
-def detect(source: Source) -> Detected:
-    """The best reading of the source's keys; raises :class:`FormatError` (unknown or ambiguous)."""
+#: The header key in which loraconv keeps the name of the family, which the names of modules do not always tell.
+FAMILY_KEY = "loraconv.family"
+
+
+def detect(source: Source, family: str | None = None) -> Detected:
+    """The best reading of the source's keys. ``family`` (a name) decides between models that have the same names.
+
+    Raises :class:`FormatError` (unknown, ambiguous, no such family, or not one that the names fit).
+    """
     readings = _readings(source, once_a_layer(source.tensors))
     if not readings:
         return _detect_parts(source)
@@ -126,8 +133,19 @@ def detect(source: Source) -> Detected:
             slug="format-ambiguous",
         )
     first = winners[0]
-    others = {r.naming.family.name: r.naming.family for r in winners if r.dialect is first.dialect}
-    alike = tuple(f for f in others.values() if f is not first.naming.family)
+    alike: dict[str, _Reading] = {}
+    for reading in winners:
+        if reading.dialect is first.dialect:
+            alike.setdefault(reading.naming.family.name, reading)
+    told = family or source.metadata.get(FAMILY_KEY, "")
+    if family is not None and family not in alike:
+        raise _other_family(source, family, alike)
+    first = alike.get(told, first)
+    others = () if told in alike else tuple(r.naming.family for r in alike.values() if r is not first)
+    return _detected(source, first, others)
+
+
+def _detected(source: Source, first: _Reading, alike: tuple[Family, ...]) -> Detected:
     ledger = _ledger(source.tensors, first.naming)
     reason = _reason(ledger, first, alike, len(source.tensors))
     return Detected(first.dialect, first.naming.family, first.naming, reason, ledger, alike)
@@ -231,6 +249,15 @@ def _reason(ledger: Ledger, reading: _Reading, alike: tuple[Family, ...], total:
         told = f"header {reading.mark.header}" if reading.mark.header else reading.mark.beside
         said.append(f"told from {dialect.variant_of} by {told}" if dialect.variant_of else f"as {told} says")
     return "; ".join(said)
+
+
+def _other_family(source: Source, family: str, alike: Mapping[str, _Reading]) -> FormatError:
+    return FormatError(
+        f"{printable(str(source.path))} is no adapter of {printable(family)}",
+        why=f"its names fit {', '.join(alike)}",
+        hint=f"--family {next(iter(alike))}",
+        slug="family",
+    )
 
 
 def _unknown(source: Source) -> FormatError:

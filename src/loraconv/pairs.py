@@ -29,7 +29,10 @@ class Halves:
 
 
 def read_pairs(source: Source, detected: Detected, tensors: dict[str, TensorRef]) -> dict[str, Halves]:
-    """Module (diffusers name) -> its factors in one rank. Raises :class:`CorruptCheckpoint` and :class:`FormatError`."""
+    """Module (diffusers name) -> its factors in one rank.
+
+    Raises :class:`CorruptCheckpoint` (a factor missing, shapes) and :class:`FormatError` (what is no plain LoRA).
+    """
     dialect, naming = detected.dialect, detected.naming
     by_block = any(is_there(mark, source) for mark in dialect.alpha_of_block)
     made: dict[str, Halves] = {}

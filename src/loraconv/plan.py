@@ -7,19 +7,20 @@ can be folded without rounding.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
 from loraconv import __version__
 from loraconv.adapter import Adapter, Factor
+from loraconv.detect import FAMILY_KEY
 from loraconv.errors import FormatError
 from loraconv.fold import cast, fits, folded, refuse_ruin
 from loraconv.lazy import Averaged, Joined, Lazy, Number, Padded, Rows, Scaled, TensorRef, nbytes, read
 from loraconv.rules import Dialect, Family, fill
 from loraconv.scale import ORIGIN_KEY, Origin, Place, Scale
-from loraconv.written import Written, write_pairs
+from loraconv.written import Written, family_for, write_pairs
 
 ScaleIn = Literal["auto", "fold", "metadata"]
 
@@ -71,13 +72,21 @@ class Plan:
 
 
 def plan_adapter(
-    adapter: Adapter, target: Dialect, family: Family, *, dtype: str | None = None, scale_in: ScaleIn = "auto"
+    adapter: Adapter,
+    target: Dialect,
+    family: Family,
+    *,
+    alike: Sequence[Family] = (),
+    dtype: str | None = None,
+    scale_in: ScaleIn = "auto",
 ) -> Plan:
     """Plan an adapter for ``target``. ``dtype`` (safetensors name) casts every factor; None keeps each as it is.
+    ``alike`` are families that the adapter may belong to as well.
 
     Raises :class:`FormatError` where the target cannot carry what the adapter says.
     """
     factors, notices = adapter.factors, list(adapter.notices)
+    family = family_for(factors, target, (family, *alike))
     if dtype is not None:
         factors = tuple(_cast(f, dtype) for f in factors)
     if target.every_consumer_reads_alpha:
@@ -88,7 +97,13 @@ def plan_adapter(
     refuse_ruin({f"{f.module}.{side}": t for f in factors for side, t in (("down", f.down), ("up", f.up))})
     if target.container == "run-folder":
         return _plan_run(factors, target, family, tuple(notices))
-    return _plan_file(factors, target, family, tuple(notices))
+    plan = _plan_file(factors, target, family, tuple(notices))
+    return plan if alike else _with_family(plan, family)
+
+
+def _with_family(plan: Plan, family: Family) -> Plan:
+    files = tuple(replace(f, metadata={**f.metadata, FAMILY_KEY: family.name}) for f in plan.files)
+    return replace(plan, files=files)
 
 
 def _cast(factor: Factor, dtype: str) -> Factor:
@@ -196,7 +211,7 @@ def _outputs(factors: tuple[Factor, ...], target: Dialect, family: Family) -> tu
 
 
 def _alpha(name: str, pair: Written) -> Output:
-    """alpha as every consumer divides it by the rank: rsLoRA's square root is counted in. Float32, like most trainers'."""
+    """alpha as consumers divide it by the rank, so that rsLoRA's square root is counted in; float32 as trainers do."""
     scale, rank = pair.scale, pair.scale.rank
     alpha = scale.exact * rank if scale.exact is not None else Fraction(scale.value) * rank
     tensor = Number(float(alpha), "F64" if pair.up.dtype == "F64" else "F32")

@@ -484,18 +484,18 @@ class Dialect:
 
     Keys. ``down`` and ``up`` spell the factors; ``also`` are other spellings of the two that are read. ``alpha`` spells
     the tensor that holds alpha, empty if there is none. ``prefixes`` is what stands before module names; in them
-    ``{component}`` is the pipeline component. ``components`` are those that the dialect has and what it calls them; empty
-    means all, under their own names. ``spellings`` name the family's spellings
-    that may follow, empty for diffusers' own names. Of prefixes and spellings the first that fits is written.
+    ``{component}`` is the pipeline component. ``components`` are those that the dialect has and what it calls them;
+    empty means all, under their own names. ``spellings`` name the family's spellings that may follow, empty for
+    diffusers' own names. Of prefixes and spellings the first that the family has is written.
     ``separator`` replaces the dots in module names. ``rewrites`` turn module names into the usual ones when read.
     ``frozen`` spells the untouched weight of an adapted module.
 
     Scale. ``sidecar`` is the settings file beside the weights (YAML or JSON, by its suffix); ``alpha_at``, ``rank_at``
     and, where modules may differ, ``alpha_pattern_at``, ``rank_pattern_at`` and ``rslora_at`` are paths into it.
-    ``header`` is the key of a safetensors header that holds peft's configuration as JSON, ``header_alpha`` one that holds
-    alpha as text. ``alpha_of_block`` marks files whose pairs may be several side by side, with the alpha of one of them.
-    ``targets_at`` is where the
-    names of the adapted modules stand, ``settings`` what the format's own settings file always says.
+    ``header`` is the key of a safetensors header that holds peft's configuration as JSON, ``header_alpha`` one that
+    holds alpha as text. ``alpha_of_block`` marks files whose pairs may be several side by side, with the alpha of one
+    of them. ``targets_at`` is where the names of the adapted modules stand, ``settings`` what the format's own settings
+    file always says.
     ``default_alpha`` is the documented convention where no file says alpha: a number, ``"rank"``, or None for unknown.
     ``every_consumer_reads_alpha`` is false where some consumer of the format applies scale 1 whatever the file says,
     so that the scale has to be folded into ``up``.

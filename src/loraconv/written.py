@@ -1,8 +1,8 @@
 """An adapter's factors as a target's file has them: under its names, several modules in one where it fuses them.
 
 Modules that share their down become one pair with their ups as its rows. Others stand side by side: up is zero outside
-of its blocks, the ranks add up, and alpha grows with the rank, so that the scale stays (what kohya-ss/sd-scripts#2204 is
-about).
+of its blocks, the ranks add up, and alpha grows with the rank, so that the scale stays (which is what
+kohya-ss/sd-scripts#2204 is about).
 """
 
 from __future__ import annotations
@@ -53,6 +53,24 @@ def write_pairs(factors: Sequence[Factor], target: Dialect, family: Family) -> l
         else:
             made.append(_fused(module, rule, parts))
     return made
+
+
+def family_for(factors: Sequence[Factor], target: Dialect, families: Sequence[Family]) -> Family:
+    """The one of ``families`` (which the adapter's names fit alike) whose names the target's file gets.
+
+    Raises :class:`FormatError` where they have different names there.
+    """
+    ways = [(f, ways[0]) for f in families if (ways := namings(target.name, f.name))]
+    written = {f.name: tuple((w[0], w[2]) if (w := way.write(x.module)) else None for x in factors) for f, way in ways}
+    named = {name: names for name, names in written.items() if None not in names}
+    if len(set(named.values())) > 1:
+        raise FormatError(
+            f"the adapter's names do not tell which model it is of, and {target.name} names their modules differently",
+            why=f"it may be one of {', '.join(named)}",
+            hint=f"--family {next(iter(named))}",
+            slug="family-ambiguous",
+        )
+    return next((f for f, _ in ways if f.name in named), families[0])
 
 
 def _names(factors: Sequence[Factor], naming: Naming) -> list[tuple[str, Rule, int]]:

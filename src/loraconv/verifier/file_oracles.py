@@ -134,8 +134,8 @@ def _split(
     down: TensorRef, up: TensorRef, alpha: Fraction, parts: list[Share], alpha_of_block: bool
 ) -> Iterator[tuple[str, Pair]]:
     """One pair of factors as the pairs of the diffusers modules whose rows it has."""
+    parts = [share.sized(up.shape[0], down.shape[1]) for share in parts]
     rank, height = down.shape[0], up.shape[0] // parts[0].of
-    parts = _last_block(parts, up.shape[0], down.shape[1])
     width = _diagonal(up, parts, height, rank)
     for at, share in enumerate(parts):
         first, last = (at * width, (at + 1) * width) if width else (0, rank)
@@ -143,16 +143,6 @@ def _split(
         rows: list[Lazy] = [up.rows(n * height, (n + 1) * height).columns(first, last) for n in share.chunks]
         scale = alpha / width if width and alpha_of_block else alpha / rank
         yield share.module, Pair(down.rows(first, last), rows[0] if len(rows) == 1 else Joined(tuple(rows), 0), scale)
-
-
-def _last_block(parts: list[Share], rows: int, columns: int) -> list[Share]:
-    """The text modulation of the last block: SD3's has two chunks in the other order, Mochi's is another layer."""
-    only = parts[0]
-    if not only.module.endswith(".norm1_context.linear") or only.of != 1:
-        return parts
-    if rows == 2 * columns:
-        return [Share(only.module, (1, 0), 2)]
-    return [Share(f"{only.module}_1")] if 2 * rows == columns else parts
 
 
 def _diagonal(up: TensorRef, parts: list[Share], height: int, rank: int) -> int:

@@ -21,7 +21,6 @@ Tensors = Mapping[str, TensorRef]
 _ADAPTER_FILES = {
     "comfyui": "comfyui_lora.safetensors",
     "diffsynth": "diffsynth_lora.safetensors",
-    "diffusion-pipe": "adapter_model.safetensors",
     "kohya": "kohya_lora.safetensors",
     "onetrainer": "onetrainer_lora.safetensors",
     "videox-fun": "videox_fun_lora.safetensors",
@@ -29,7 +28,7 @@ _ADAPTER_FILES = {
     "peft": "adapter_model.safetensors",
     "sat": "mp_rank_00_model_states.pt",
 }
-SETTINGS_FILES = {"diffusion-pipe": "adapter_config.json", "peft": "adapter_config.json", "sat": "training_config.yaml"}
+SETTINGS_FILES = {"peft": "adapter_config.json", "sat": "training_config.yaml"}
 _BASE_FILE = "diffusion_pytorch_model{}.safetensors"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
 

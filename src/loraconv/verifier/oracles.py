@@ -156,16 +156,20 @@ def peft_pairs(
     return _peft_like(ranks[0], ("base_model.model.",), settings or {}, alpha)
 
 
+#: In memory the adapter's own name stands in the key; trainers that dump their state leave it there.
+_PEFT_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
+
+
 def _peft_like(
     tensors: Tensors, prefixes: tuple[str, ...], config: Mapping[str, Any], alpha: Fraction | None
 ) -> dict[str, Pair]:
     sides: dict[str, dict[str, TensorRef]] = {}
     for name, ref in tensors.items():
-        module, _, side = name.rpartition(".lora_")
-        if side not in ("A.weight", "B.weight"):
+        found = _PEFT_FACTOR.fullmatch(name)
+        if found is None:
             raise _not_covered(name)
-        prefix = next(p for p in prefixes if module.startswith(p))
-        sides.setdefault(module[len(prefix) :], {})[side[0]] = ref
+        prefix = next(p for p in prefixes if name.startswith(p))
+        sides.setdefault(found[1][len(prefix) :], {})[found[2]] = ref
     pairs = {}
     for module, both in sides.items():
         if len(both) < 2:

@@ -1,8 +1,8 @@
 """What the modules of each model's own repository are in diffusers, in this module's own words.
 
-Every rule is an expression over a name whose dots were flattened to underscores, so that it is the same for formats that
-keep the dots and for those that do not. Written from the two implementations of each model, not from the tables that
-the converter uses.
+Every rule is an expression over a name whose dots were flattened to underscores, so that it is the same for formats
+that keep the dots and for those that do not. Written from the two implementations of each model, not from the tables
+that the converter uses.
 """
 
 from __future__ import annotations
@@ -15,17 +15,26 @@ from functools import cache
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A diffusers module and the equal chunks of rows that it has, of ``of`` chunks, in its own order."""
+    """A diffusers module and the equal chunks of rows that it has, of ``of`` chunks, in its own order.
+
+    ``last`` is what the module is in the last block instead: there it has ``last[0]`` times as many rows as columns.
+    """
 
     module: str
     chunks: tuple[int, ...] = (0,)
     of: int = 1
+    last: tuple[float, Share] | None = None
+
+    def sized(self, rows: int, columns: int) -> Share:
+        """The module of this size."""
+        return self.last[1] if self.last is not None and rows == self.last[0] * columns else self
 
 
 _SWAPPED = ((1, 0), 2)
 _QKV, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 
-#: One model: expression -> the module (``\1`` is the layer), three modules in equal parts, or a module and its chunks.
+#: One model: expression -> the module (``\1`` is the layer), three modules in equal parts, modules and their chunks, or
+#: a module, a ratio of rows to columns, and what it is at that ratio.
 _Rules = dict[str, object]
 
 
@@ -137,7 +146,8 @@ _MOCHI: _Rules = {
     r"blocks_(\d+)_mlp_x_w2": f"{_MOCHI_LAYER}.ff.net.2",
     r"blocks_(\d+)_mlp_y_w2": f"{_MOCHI_LAYER}.ff_context.net.2",
     r"blocks_(\d+)_mod_x": f"{_MOCHI_LAYER}.norm1.linear",
-    r"blocks_(\d+)_mod_y": f"{_MOCHI_LAYER}.norm1_context.linear",
+    # The last block has no text output, and another text modulation.
+    r"blocks_(\d+)_mod_y": (f"{_MOCHI_LAYER}.norm1_context.linear", 0.5, f"{_MOCHI_LAYER}.norm1_context.linear_1"),
     **_embedders({"t_embedder_mlp": "timestep_embedder"}, "time_embed.", "0", "2"),
     **{f"t5_y_embedder_to_{q}": f"time_embed.pooler.to_{q}" for q in ("q", "kv", "out")},
     "t5_yproj": "time_embed.caption_proj",
@@ -158,7 +168,8 @@ _SD3: _Rules = {
     r"joint_blocks_(\d+)_context_block_mlp_fc1": f"{_SD3_LAYER}.ff_context.net.0.proj",
     r"joint_blocks_(\d+)_context_block_mlp_fc2": f"{_SD3_LAYER}.ff_context.net.2",
     r"joint_blocks_(\d+)_x_block_adaLN_modulation_1": f"{_SD3_LAYER}.norm1.linear",
-    r"joint_blocks_(\d+)_context_block_adaLN_modulation_1": f"{_SD3_LAYER}.norm1_context.linear",
+    # The last block has no text output: shift and scale alone, in the other order.
+    r"joint_blocks_(\d+)_context_block_adaLN_modulation_1": (f"{_SD3_LAYER}.norm1_context.linear", 2, _SWAPPED),
     **_embedders(
         {"t_embedder_mlp": "timestep_embedder", "y_embedder_mlp": "text_embedder"}, "time_text_embed.", "0", "2"
     ),
@@ -171,7 +182,18 @@ _SD3: _Rules = {
 _MODELS: tuple[_Rules, ...] = (_FLUX, _HUNYUAN_VIDEO, _WAN, _LTX, _MOCHI, _SD3)
 
 #: The words of diffusers' module names that have underscores in them; whatever stands between is one step.
-_WORDS = ["add_embedding", "add_k_proj", "add_q_proj", "add_v_proj", "caption_proj", "caption_projection", "condition_embedder", "context_embedder", "conv_in", "conv_out", "down_blocks", "ff_context", "guidance_embedder", "image_embedder", "img_in", "img_mlp", "img_mod", "k_proj", "linear_1", "linear_2", "mid_block", "norm1_context", "norm_k", "norm_out", "norm_q", "ofs_embedding", "out_proj", "patch_embed", "patch_embedding", "pos_embed", "proj_in", "proj_mlp", "proj_out", "q_proj", "refiner_blocks", "self_attn", "single_transformer_blocks", "text_embedder", "text_model", "text_proj", "text_projection", "time_embed", "time_embedder", "time_embedding", "time_proj", "time_text_embed", "timestep_embedder", "to_add_out", "to_k", "to_kv", "to_out", "to_q", "to_v", "token_refiner", "transformer_blocks", "txt_in", "txt_mlp", "txt_mod", "up_blocks", "v_proj", "x_embedder"]
+# fmt: off
+_WORDS = (
+    "add_embedding", "add_k_proj", "add_q_proj", "add_v_proj", "caption_proj", "caption_projection",
+    "condition_embedder", "context_embedder", "conv_in", "conv_out", "down_blocks", "ff_context", "guidance_embedder",
+    "image_embedder", "img_in", "img_mlp", "img_mod", "k_proj", "linear_1", "linear_2", "mid_block", "norm1_context",
+    "norm_k", "norm_out", "norm_q", "ofs_embedding", "out_proj", "patch_embed", "patch_embedding", "pos_embed",
+    "proj_in", "proj_mlp", "proj_out", "q_proj", "refiner_blocks", "self_attn", "single_transformer_blocks",
+    "text_embedder", "text_model", "text_proj", "text_projection", "time_embed", "time_embedder", "time_embedding",
+    "time_proj", "time_text_embed", "timestep_embedder", "to_add_out", "to_k", "to_kv", "to_out", "to_q", "to_v",
+    "token_refiner", "transformer_blocks", "txt_in", "txt_mlp", "txt_mod", "up_blocks", "v_proj", "x_embedder",
+)
+# fmt: on
 _STEP = re.compile("(" + "|".join(sorted(_WORDS, key=len, reverse=True)) + "|[^_]+)(?:_|$)")
 
 
@@ -210,6 +232,10 @@ def _compiled(_: int, expressions: tuple[str, ...]) -> dict[re.Pattern[str], str
 def _shares(target: object, found: re.Match[str]) -> Iterable[Share]:
     if isinstance(target, str):
         return [Share(found.expand(target))]
+    if isinstance(target, tuple):
+        module, ratio, last = target
+        other = Share(found.expand(last)) if isinstance(last, str) else Share(found.expand(module), *last)
+        return [Share(found.expand(module), last=(ratio, other))]
     assert isinstance(target, list)
     if isinstance(target[0], str):
         return [Share(found.expand(t), (n,), len(target)) for n, t in enumerate(target)]
