@@ -65,7 +65,7 @@ def _written(
         if key.side in sides:
             raise _twice(source, key.module)
         sides[key.side] = of_rank(tensors, name)
-    broken = [key.module for key, sides in halves.items() if len(sides) != 2]
+    broken = [_shown(detected, key) for key, sides in halves.items() if len(sides) != 2]
     if broken:
         raise CorruptCheckpoint(
             f"{len(broken)} modules have only one of the two LoRA factors",
@@ -74,6 +74,14 @@ def _written(
             slug="factor-missing",
         )
     return {key: (sides["down"], sides["up"]) for key, sides in halves.items()}
+
+
+def _shown(detected: Detected, key: FactorKey) -> str:
+    """The diffusers name of the (first) module that a pair belongs to."""
+    found = detected.naming.find(key.module)
+    assert found is not None
+    rule, fields = found
+    return fill(rule.targets[min(key.part, len(rule.targets) - 1)], fields)
 
 
 def _twice(source: Source, module: str) -> FormatError:
@@ -114,6 +122,8 @@ def _cut(rule: Rule, down: TensorRef, up: TensorRef, by_block: bool) -> Iterator
     width = _block_width(ups, rank)
     for number, ((here, _), parts) in enumerate(zip(targets, ups, strict=True)):
         start, stop = (number * width, (number + 1) * width) if width else (0, rank)
+        if width and not (read(down.rows(start, stop)).any() or any(read(p.columns(start, stop)).any() for p in parts)):
+            continue  # a block of zeros stands for a part that has no adapter
         rows = up.rows(pieces[number][0] * chunk, (pieces[number][-1] + 1) * chunk)
         whole: Lazy = rows.columns(start, stop)
         if rows.shape[0] != chunk * len(parts) or list(pieces[number]) != sorted(pieces[number]):
@@ -132,15 +142,17 @@ def _block_width(ups: Sequence[Sequence[TensorRef]], rank: int) -> int:
     first = read(ups[0][0].rows(0, 1))
     if first[:, width:].any():
         return 0
+    filled = 0
     for number, parts in enumerate(ups):
         own = slice(number * width, (number + 1) * width)
         blocks = [read(part) for part in parts]
         inside = any(block[:, own].any() for block in blocks)
         for block in blocks:
             block[:, own] = 0
-        if not inside or any(block.any() for block in blocks):
+        filled += inside
+        if any(block.any() for block in blocks):
             return 0
-    return width
+    return width if filled > 1 else 0
 
 
 def _check_pair(source: Source, module: str, down: TensorRef, up: TensorRef) -> None:

@@ -14,7 +14,7 @@ from loraconv.adapter import Factor
 from loraconv.errors import FormatError
 from loraconv.lazy import Joined, Lazy, Padded, Rows, Zeros, same_bytes
 from loraconv.names import fold_names, printable
-from loraconv.naming import Naming, namings
+from loraconv.naming import Naming, components, namings
 from loraconv.rules import Dialect, Family, Rule
 from loraconv.scale import Scale
 
@@ -42,7 +42,7 @@ def write_pairs(factors: Sequence[Factor], target: Dialect, family: Family) -> l
             hint="loraconv formats",
             slug="cannot-carry",
         )
-    _check_components(factors, target, family)
+    _refuse_components(family)
     grouped: dict[str, tuple[Rule, dict[int, Factor]]] = {}
     for factor, (written, rule, part) in zip(factors, _names(factors, ways[0]), strict=True):
         grouped.setdefault(written, (rule, {}))[1][part] = factor
@@ -90,15 +90,13 @@ def _names(factors: Sequence[Factor], naming: Naming) -> list[tuple[str, Rule, i
     return [w for w in found if w is not None]
 
 
-def _check_components(factors: Sequence[Factor], target: Dialect, family: Family) -> None:
-    """Without the component in its names, a file can be of one component only."""
-    there = {f.module.partition(".")[0] for f in factors} if not family.component else set()
-    if len(there) > 1 and "{component}" not in target.prefixes[0]:
+def _refuse_components(family: Family) -> None:
+    """The names of a pipeline with several components have no second statement that a proof could stand on."""
+    if not family.component and components(family):
         raise FormatError(
-            f"{target.name} cannot carry an adapter of several components",
-            where=", ".join(sorted(there)),
-            why="its names do not say which component they belong to",
-            hint="convert to diffusers or kohya instead: --to diffusers",
+            f"an adapter of {family.title}, which has several components, is read and not yet written",
+            why=f"nothing would prove the names of {', '.join(components(family))}",
+            hint="loraconv formats",
             slug="cannot-carry",
         )
 
@@ -112,15 +110,18 @@ def _fused(module: str, rule: Rule, parts: dict[int, Factor]) -> Written:
         return Written(module, "", first.down, first.up, first.scale)
     chunk = _chunk(module, pieces, parts)
     shared = all(same_bytes(f.down, first.down) for f in parts.values()) and len(parts) == len(used)
-    rank = first.rank if shared else sum(f.rank for f in parts.values())
-    rows: list[Lazy] = [Zeros(first.up.dtype, (chunk, rank))] * sum(map(len, pieces))
-    at = 0
-    for number, factor in sorted(parts.items()):
-        up = factor.up if shared else Padded(factor.up, at, rank)
-        for place, own in enumerate(pieces[number]):
-            rows[own] = Rows(up, place * chunk, (place + 1) * chunk) if len(pieces[number]) > 1 else up
-        at += factor.rank
-    down = first.down if shared else _joined([f.down for _, f in sorted(parts.items())])
+    rank = first.rank if shared else first.rank * len(used)
+    rows: list[Lazy] = [Zeros(first.up.dtype, (chunk, rank))] * sum(map(len, used))
+    # A part that the adapter does not have is a block of zeros.
+    downs: list[Lazy] = [Zeros(first.down.dtype, first.down.shape)] * len(used)
+    for place, number in enumerate(n for n, own in enumerate(pieces) if own):
+        if number not in parts:
+            continue
+        downs[place] = parts[number].down
+        up = parts[number].up if shared else Padded(parts[number].up, place * first.rank, rank)
+        for nth, own in enumerate(pieces[number]):
+            rows[own] = Rows(up, nth * chunk, (nth + 1) * chunk) if len(pieces[number]) > 1 else up
+    down = first.down if shared else _joined(downs)
     return Written(module, "", down, _joined(rows), first.scale.of_rank(rank))
 
 
@@ -131,13 +132,13 @@ def _joined(parts: list[Lazy]) -> Lazy:
 def _chunk(module: str, pieces: Sequence[Sequence[int]], parts: dict[int, Factor]) -> int:
     """The rows of one chunk; raises :class:`FormatError` where the parts cannot be one module."""
     found = [divmod(f.up.shape[0], len(pieces[n])) if pieces[n] else (0, 1) for n, f in parts.items()]
-    kinds = {(f.scale.exact or f.scale.value, f.down.shape[1], f.down.dtype, f.up.dtype) for f in parts.values()}
+    kinds = {(f.scale.exact or f.scale.value, f.down.shape, f.down.dtype, f.up.dtype) for f in parts.values()}
     if len(set(found)) > 1 or found[0][1] or len(kinds) > 1:
         shown = "; ".join(fold_names(f.module for f in parts.values())[:4])
         raise FormatError(
             f"these modules are one in the target, {printable(module)}, and cannot be put into it",
             where=shown,
-            why="their scales, dtypes or sizes differ, and one pair of factors has one of each",
+            why="their scales, ranks, dtypes or sizes differ, and one pair of factors has one of each",
             hint="convert to diffusers or peft instead: --to peft",
             slug="cannot-carry",
         )

@@ -41,8 +41,10 @@ def _fits(source: Pair, stored: Pair) -> bool:
     """True if the source's ``up``, at the stored scale, is representable in its own dtype."""
     import numpy as np
 
-    # An irrational alpha is rounded where a tensor holds it; the factors need no more room for that.
-    if source.scale == stored.scale or abs(float(stored.scale) / float(source.scale) - 1) <= 2.0**-24:
+    if source.scale == stored.scale:
+        return True
+    # An alpha that float32 cannot hold is rounded where a tensor keeps it; the factors need no more room for that.
+    if abs(float(stored.scale) - float(source.scale)) < float(source.scale) * 2.0**-23:
         return True
     own = source.up.dtype
     up = _rounded(values(source.up), own)

@@ -139,6 +139,8 @@ def _split(
     width = _diagonal(up, parts, height, rank)
     for at, share in enumerate(parts):
         first, last = (at * width, (at + 1) * width) if width else (0, rank)
+        if width and not read(down.rows(first, last)).any() and not read(up.columns(first, last)).any():
+            continue
         height = up.shape[0] // share.of
         rows: list[Lazy] = [up.rows(n * height, (n + 1) * height).columns(first, last) for n in share.chunks]
         scale = alpha / width if width and alpha_of_block else alpha / rank
@@ -149,17 +151,14 @@ def _diagonal(up: TensorRef, parts: list[Share], height: int, rank: int) -> int:
     """The rank of one block, where every part has rows that are zero outside of its own columns; else 0."""
     if len(parts) == 1 or rank % len(parts):
         return 0
-    width, matrix = rank // len(parts), read(up)
-    seen = False
+    width, matrix, filled = rank // len(parts), read(up), 0
     for at, share in enumerate(parts):
         rows = matrix[[r for n in share.chunks for r in range(n * height, (n + 1) * height)]]
         own = rows[:, at * width : (at + 1) * width]
         if abs(rows).sum() != abs(own).sum():
             return 0
-        seen = bool(own.any())
-        if not seen:
-            return 0
-    return width
+        filled += bool(own.any())
+    return width if filled > 1 else 0
 
 
 def _not_covered(name: str) -> ProofFailed:
