@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraconv.registry import dialects, families
-from loraconv.rules import Fused, Kernel, Regrouped, Rename, Spelling, fill, match
+from loraconv.rules import Blocks, Fused, Kernel, Modulation, Regrouped, Rename, Rule, Same, Spelling, fill, match
 from tests.sat_run import RunSpec, Variant, dit_shapes
 
 CONVERTERS = sorted((Path(__file__).parent.parent / "converters").rglob("*.py"))
@@ -144,6 +144,60 @@ def test_the_table_has_the_parallel_split_of_the_real_framework() -> None:
     }
 
 
+# --- what each target has of the rows -------------------------------------------------------------------------------
+
+SPELLINGS = [(f.name, s) for f in families() for s in f.spellings.values()]
+
+
+def cut(rule: Rule, rows: list[int], columns: int) -> list[list[int]]:
+    pieces = rule.pieces(len(rows), columns)
+    size = len(rows) // sum(map(len, pieces))
+    return [[row for n in piece for row in rows[n * size : (n + 1) * size]] for piece in pieces]
+
+
+@pytest.mark.parametrize("spelling", [s for _, s in SPELLINGS], ids=[name for name, _ in SPELLINGS])
+@given(st.integers(1, 3).map(lambda n: 84 * n), st.sampled_from((1, 42, 84, 168)))
+def test_every_row_goes_to_one_target_and_back_to_its_place(spelling: Spelling, count: int, columns: int) -> None:
+    rows = list(range(count))
+    for rule in spelling.rules:
+        pieces, parts = rule.pieces(count, columns), cut(rule, rows, columns)
+        size = count // sum(map(len, pieces))
+        back = {
+            n: part[k * size : (k + 1) * size]
+            for piece, part in zip(pieces, parts, strict=True)
+            for k, n in enumerate(piece)
+        }
+        assert [row for n in sorted(back) for row in back[n]] == rows
+        assert len(parts) == len(rule.targets)
+
+
+def test_the_parts_of_each_kind_of_rule() -> None:
+    assert cut(Rename("a", "b"), [0, 1, 2], 7) == [[0, 1, 2]]
+    assert cut(Fused("a", ("q", "k", "v")), [0, 1, 2, 3, 4, 5], 7) == [[0, 1], [2, 3], [4, 5]]
+    assert cut(Regrouped("a", {"x": (2, 0), "y": (1,)}), [0, 1, 2, 3, 4, 5], 7) == [[4, 5, 0, 1], [2, 3]]
+
+
+def test_a_modulation_is_that_of_the_last_block_by_its_shape() -> None:
+    swapped = Modulation("m.{i}", here={"a.{i}": (0,)}, last={"a.{i}": (1, 0)}, ratio=2)
+    assert cut(swapped, list(range(12)), 2) == [list(range(12))]
+    assert cut(swapped, [0, 1, 2, 3], 2) == [[2, 3, 0, 1]]
+    renamed = Modulation("m", here={"a": (0,)}, last={"b": (0,)}, ratio=0.5)
+    assert renamed.targets == ("a", "b")
+    assert cut(renamed, [0, 1, 2, 3], 4) == [[0, 1, 2, 3], []]
+    assert cut(renamed, [0, 1], 4) == [[], [0, 1]]
+
+
+def test_blocks_and_same_stand_for_one_rename_a_module() -> None:
+    blocks = Blocks({"in.4.{i}": "down.1.{i}", "in.5": "down.2"}, {"q.{j}": "to_q.{j}", "o": "out"})
+    assert [(r.there, r.here) for r in blocks.renames] == [
+        ("in.4.{i}.q.{j}", "down.1.{i}.to_q.{j}"),
+        ("in.4.{i}.o", "down.1.{i}.out"),
+        ("in.5.q.{j}", "down.2.to_q.{j}"),
+        ("in.5.o", "down.2.out"),
+    ]
+    assert [(r.there, r.here) for r in Same(("a.{i}", "b")).renames] == [("a.{i}", "a.{i}"), ("b", "b")]
+
+
 # --- bad tables -----------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +224,13 @@ def test_a_regrouping_with_other_fields_fails() -> None:
     with pytest.raises(ValueError, match="same fields"):
         Regrouped("m.{i}", {"a.{i}": (0,), "b": (1,)})
     assert Regrouped("m.{i}", {"a.{i}": (0, 2), "b.{i}": (1,)}).chunks == 3
+
+
+def test_a_modulation_that_loses_a_chunk_or_a_field_fails() -> None:
+    with pytest.raises(ValueError, match="not each dealt out once"):
+        Modulation("m.{i}", here={"a.{i}": (0,)}, last={"a.{i}": (1,)}, ratio=2)
+    with pytest.raises(ValueError, match="same fields"):
+        Modulation("m.{i}", here={"a.{i}": (0,)}, last={"b": (0,)}, ratio=2)
 
 
 def test_a_kernel_with_other_fields_fails() -> None:

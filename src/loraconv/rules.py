@@ -88,14 +88,16 @@ def _shape(name: str) -> str:
     return _ANY_NUMBER.sub("#", name)
 
 
-def _overlap(one: str, other: str) -> bool:
-    """True if some name fits both templates: step by step they are equal, or a number field meets a number."""
-    steps, others = one.split("."), other.split(".")
+def _overlap(one: list[str], other: list[str]) -> bool:
+    """True if some name fits both templates (given as steps): each step is equal, or a field meets a number."""
+    if len(one) != len(other):
+        return False
+    unlike = [(a, b) for a, b in zip(one, other, strict=True) if a != b]
+    return all(_meets(a, b) or _meets(b, a) for a, b in unlike)
 
-    def meet(a: str, b: str) -> bool:
-        return a == b or (bool(_FIELD.fullmatch(a)) and (b.isdigit() or bool(_FIELD.fullmatch(b))))
 
-    return len(steps) == len(others) and all(meet(a, b) or meet(b, a) for a, b in zip(steps, others, strict=True))
+def _meets(field: str, step: str) -> bool:
+    return field.startswith("{") and (step.startswith("{") or step.isdigit())
 
 
 #: Which equal chunks of a module's rows each of its targets has, in this order; none if there is no such target.
@@ -271,11 +273,18 @@ Rule = Rename | Fused | Regrouped | Modulation | Kernel
 
 
 def _refuse_ambiguous(templates: list[str]) -> None:
+    """Raises :class:`ValueError` if some name fits two of these templates, which have one shape."""
+    numbers = [tuple("{}" if n.startswith("{") else n for n in _ANY_NUMBER.findall(name)) for name in templates]
+    fields = {tuple(n == "{}" for n in one) for one in numbers}
+    if len(fields) == 1 and len(set(numbers)) == len(numbers):
+        return  # fields at the same places, and other numbers: no need to look at every pair
+    steps = [name.split(".") for name in templates]
     for number, name in enumerate(templates):
-        other = next((n for n in templates[:number] if _overlap(n, name)), None)
-        if other is not None:
-            what = f"{name} is there more than once" if other == name else f"{other} and {name} fit one name"
-            raise ValueError(f"ambiguous table: {what}")
+        for other in range(number):
+            if _overlap(steps[other], steps[number]):
+                both = f"{templates[other]} and {name} fit one name"
+                what = f"{name} is there more than once" if templates[other] == name else both
+                raise ValueError(f"ambiguous table: {what}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,8 +452,6 @@ class Family:
         listed: dict[str, list[str]] = {}
         for template in self.modules:
             listed.setdefault(_shape(template), []).append(template)
-        for templates in listed.values():
-            _refuse_ambiguous(templates)
         object.__setattr__(self, "_listed", listed)
 
     def knows(self, module: str) -> bool:

@@ -1,0 +1,114 @@
+"""The tables of module names against the real classes, built with the released configurations on the meta device."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import pytest
+
+from loraconv.registry import families
+from loraconv.rules import Family, fill, match
+from tests.released_models import ALL, RELEASED, adaptable, others
+
+FAMILIES = {family.name: family for family in families()}
+
+
+def test_every_family_is_compared_with_a_released_model() -> None:
+    assert set(FAMILIES) == set(RELEASED)
+
+
+@pytest.mark.parametrize(("family", "model"), ALL)
+def test_the_table_has_every_module_of_the_model_and_nothing_else_of_it(family: str, model: str) -> None:
+    table = FAMILIES[family]
+    assert [name for name in adaptable(family, model) if not listed(table, name)] == []
+    assert [name for name in others(family, model) if listed(table, name)] == []
+
+
+@pytest.mark.parametrize("family", RELEASED)
+def test_every_template_is_a_module_of_some_released_model(family: str) -> None:
+    names = [name for model in RELEASED[family] for name in adaptable(family, model)]
+    modules = FAMILIES[family].modules
+    assert len(set(modules)) == len(modules)
+    assert [t for t in modules if not any(match(t, name) is not None for name in names)] == []
+
+
+def test_mistral_has_the_modules_of_llama() -> None:
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.MistralForCausalLM(transformers.MistralConfig())
+    names = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Embedding)}
+    assert names == set(adaptable("llama", "Llama-2-7b"))
+
+
+def listed(table: Family, name: str) -> bool:
+    """True if a template fits; then the family's own look-up must find it too."""
+    fits = any(match(template, name) is not None for template in table.modules)
+    assert table.knows(name) or not fits
+    return fits
+
+
+# --- names in which every dot is an underscore ----------------------------------------------------------------------
+
+
+@cache
+def flat_patterns(templates: tuple[str, ...]) -> dict[str, re.Pattern[str]]:
+    """Template -> what it matches when dots are underscores; written here, not taken from the code that reads them."""
+    return {t: re.compile(re.sub(r"\\\{\w\\\}", "[0-9]+", re.escape(t.replace(".", "_")))) for t in templates}
+
+
+def templates_of_original(table: Family) -> tuple[str, ...]:
+    return tuple(rule.there for rule in table.spellings["original"].rules) if "original" in table.spellings else ()
+
+
+def original_names(table: Family, family: str, model: str) -> set[str]:
+    found = [table.spellings["original"].find_part(name) for name in adaptable(family, model)]
+    return {where[0] for where in found if where is not None}
+
+
+@pytest.mark.parametrize(("family", "model"), ALL)
+def test_a_flattened_name_stands_for_one_module(family: str, model: str) -> None:
+    """Of the diffusers names and of the original ones: one template fits, so one module is meant."""
+    table = FAMILIES[family]
+    spelled = [(table.modules, set(adaptable(family, model)))]
+    if "original" in table.spellings:
+        spelled.append((templates_of_original(table), original_names(table, family, model)))
+    for templates, names in spelled:
+        patterns = flat_patterns(templates)
+        for name in names:
+            hits = [t for t, pattern in patterns.items() if pattern.fullmatch(name.replace(".", "_"))]
+            assert [match(t, name) is not None for t in hits] == [True], name
+        assert len({name.replace(".", "_") for name in names}) == len(names)
+
+
+@pytest.mark.parametrize("family", RELEASED)
+def test_a_flattened_name_tells_which_spelling_it_is_of(family: str) -> None:
+    """A flattened name that both spellings have stands for the same module in both."""
+    table = FAMILIES[family]
+    for model in RELEASED[family]:
+        ours = {name.replace(".", "_"): name for name in adaptable(family, model)}
+        theirs = original_names(table, family, model) if "original" in table.spellings else set()
+        for name in theirs:
+            here = ours.get(name.replace(".", "_"))
+            if here is not None:
+                assert table.spellings["original"].find_part(here) == (name, 0), name
+
+
+# --- original names -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "model"), [(f, m) for f, m in ALL if "original" in FAMILIES[f].spellings])
+def test_every_module_has_one_original_name_that_leads_back(family: str, model: str) -> None:
+    spelling = FAMILIES[family].spellings["original"]
+    parts = {}
+    for name in adaptable(family, model):
+        where = spelling.find_part(name)
+        assert where is not None, name
+        found = spelling.find(where[0])
+        assert found is not None
+        rule, fields = found
+        assert fill(rule.targets[where[1]], fields) == name
+        parts[where] = name
+    assert len(parts) == len(adaptable(family, model))
