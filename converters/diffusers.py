@@ -13,10 +13,11 @@ DIFFUSERS = Dialect(
     file="pytorch_lora_weights.safetensors",
     down="{module}.lora_A.weight",
     up="{module}.lora_B.weight",
-    prefixes=("transformer.", ""),
+    prefixes=("{component}.", ""),
     header="lora_adapter_metadata",
     default_alpha="rank",
-    default_why="diffusers applies scale 1 (alpha = rank) to a file without lora_adapter_metadata",
+    default_why="diffusers applies scale 1 (alpha = rank) to a file without lora_adapter_metadata, also where the"
+    " trainer did not (CogVideo's finetune/ has alpha 64 and rank 128 unless told otherwise, and writes neither)",
     every_consumer_reads_alpha=False,
     carries=("any module", "a rank for each module", "alpha in the header (read by diffusers 0.34 and later)"),
     cannot_carry=("alpha for consumers that ignore the header: loraconv folds the scale into lora_B",),

@@ -13,6 +13,7 @@ PEFT = Dialect(
     file="adapter_model.safetensors",
     down="{module}.lora_A.weight",
     up="{module}.lora_B.weight",
+    also=(("{module}.lora_A.{adapter}.weight", "{module}.lora_B.{adapter}.weight"),),
     prefixes=("base_model.model.",),
     sidecar="adapter_config.json",
     rank_at="r",
@@ -31,6 +32,7 @@ PEFT = Dialect(
         "peft_type": "LORA",
         "task_type": None,
     },
+    any_model=True,
     carries=("any module", "a rank and an alpha for each module", "rsLoRA"),
     facts="huggingface/peft src/peft/tuners/lora, src/peft/utils/save_and_load.py",
 )

@@ -16,7 +16,7 @@ SAT = Dialect(
     up="{module}.matrix_B.{part}",
     frozen="{module}.original.{param}",
     prefixes=("model.diffusion_model.",),
-    spelling="sat",
+    spellings=("sat",),
     foreign=(
         Foreign("first_stage_model.", "VAE"),
         Foreign("conditioner.", "text encoder"),

@@ -26,7 +26,7 @@ SPELLING = Spelling(tuple(Rename("blocks.{i}.attention." + a, HERE + b) for a, b
 FAMILY = replace(COGVIDEOX, spellings={"acme": SPELLING})
 ACME = Dialect(
     name="acme", title="acme LoRA file", container="safetensors-file", file="acme_lora.safetensors",
-    down="{module}.lora_down.weight", up="{module}.lora_up.weight", prefixes=("net.",), spelling="acme",
+    down="{module}.lora_down.weight", up="{module}.lora_up.weight", prefixes=("net.",), spellings=("acme",),
     sidecar="acme.json", alpha_at="network.alpha", rank_at="network.rank", default_alpha="rank",
     default_why="acme scales by 1 unless acme.json says otherwise", facts="acme",
 )

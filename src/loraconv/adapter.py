@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fractions import Fraction
 
-from loraconv.detect import Detected, base_name, factor_key
-from loraconv.errors import CorruptCheckpoint, FormatError
-from loraconv.lazy import Averaged, Joined, Lazy, TensorRef, nbytes, read
-from loraconv.names import FLOAT_DTYPES, fold_names, printable, quoted
-from loraconv.ranks import mixed, of_rank, refuse_copies, same_in_all, split_dim
-from loraconv.rules import Fused, Rename, fill
+from loraconv.detect import Detected, factor_key
+from loraconv.errors import FormatError
+from loraconv.lazy import Lazy, TensorRef
+from loraconv.names import fold_names, printable, quoted
+from loraconv.nearest import nearest_pairs
+from loraconv.pairs import read_pairs
 from loraconv.scale import Origin, Scale, find_scales, origins
 from loraconv.source import Source, refuse_parts
 
@@ -80,14 +81,13 @@ def read_adapter(
     _refuse_what_is_none(source, detected)
     if len(source.ranks) > 1 and not nearest:
         raise _no_single_adapter(source)
-    ranks = [_pairs(source, detected, tensors) for tensors in source.ranks]
-    pairs = ranks[0] if len(ranks) == 1 else _nearest(source, detected, ranks)
-    sizes = {module: down.shape[0] for module, (down, _) in pairs.items()}
-    scales, notices = find_scales(source, detected, sizes, alpha, strict)
+    ranks = [read_pairs(source, detected, tensors) for tensors in source.ranks]
+    pairs = ranks[0] if len(ranks) == 1 else nearest_pairs(source, detected, ranks)
+    scales, notices = find_scales(source, detected, {m: h.stated for m, h in pairs.items()}, alpha, strict)
     known = origins(source)
     factors = [
-        Factor(module, down, up, scales[module], known.get(module, known.get("")))
-        for module, (down, up) in sorted(pairs.items(), key=lambda item: natural(item[0]))
+        Factor(module, h.down, h.up, scales[module].of_rank(h.down.shape[0]), known.get(module, known.get("")))
+        for module, h in sorted(pairs.items(), key=lambda item: natural(item[0]))
     ]
     return Adapter(tuple(factors), tuple(notices))
 
@@ -106,14 +106,23 @@ def _refuse_what_is_none(source: Source, detected: Detected) -> None:
             slug="no-lora",
         )
     _refuse_more_than_lora(source, detected)
-    strange = [n for n in detected.ledger.unknown if factor_key(detected.dialect, n.removeprefix(detected.prefix))]
+    strange = [n for n in detected.ledger.unknown if factor_key(detected.dialect, n)]
     if strange:
-        raise FormatError(
-            f"{len(strange)} LoRA tensors belong to modules that {detected.family.title} does not have",
-            where="; ".join(fold_names(strange)[:4]),
-            hint="loraconv formats",
-            slug="module-unknown",
-        )
+        raise _unknown_modules(detected, strange, strange)
+
+
+def _unknown_modules(detected: Detected, strange: list[str], rest: list[str]) -> FormatError:
+    """``strange``: LoRA tensors whose modules the family does not have; ``rest``: all that are not understood."""
+    keys = [factor_key(detected.dialect, name) for name in strange]
+    modules = dict.fromkeys(key.module for key in keys if key is not None)
+    near = get_close_matches(next(iter(modules)), detected.naming.names(), n=2, cutoff=0.5)
+    return FormatError(
+        f"the adapter holds {len(rest)} tensors besides plain LoRA factors of {detected.family.title}'s modules",
+        where="; ".join(fold_names(strange)[:4]),
+        why=f"names near to it: {', '.join(near)}" if near else f"{detected.family.title} has no such modules",
+        hint="loraconv formats",
+        slug="module-unknown",
+    )
 
 
 #: What the end of a key says about a tensor that is no plain LoRA factor.
@@ -129,7 +138,10 @@ _MORE = {
 
 def _refuse_more_than_lora(source: Source, detected: Detected) -> None:
     """A file that is only an adapter must hold LoRA factors and nothing else: dropping the rest would change it."""
-    rest = [*detected.ledger.unknown, *detected.ledger.base] if detected.spelling is None else []
+    rest = [*detected.ledger.unknown, *detected.ledger.base] if not detected.dialect.holds_models else []
+    strange = [n for n in rest if factor_key(detected.dialect, n)]
+    if strange:
+        raise _unknown_modules(detected, strange, rest)
     if rest:
         kinds = {why for name in rest for end, why in _MORE.items() if name.endswith("." + end)}
         raise FormatError(
@@ -139,7 +151,7 @@ def _refuse_more_than_lora(source: Source, detected: Detected) -> None:
             hint="loraconv formats",
             slug="not-plain-lora",
         )
-    config = source.config if detected.spelling is None else None
+    config = source.config if not detected.dialect.holds_models else None
     told = [f"{key} = {config[key]!r}" for key in _BEYOND_LORA if config and config.get(key) not in _PLAIN]
     if told:
         raise FormatError(
@@ -176,116 +188,3 @@ def _no_single_adapter(source: Source) -> FormatError:
         " model_parallel_size 1",
         slug="model-parallel-lora",
     )
-
-
-def _pairs(source: Source, detected: Detected, tensors: dict[str, TensorRef]) -> dict[str, tuple[TensorRef, TensorRef]]:
-    """Module (diffusers name) -> (down, up) of one rank, each pair checked for shape and dtype."""
-    halves: dict[str, dict[str, TensorRef]] = {}
-    for name in detected.ledger.factors:
-        key = factor_key(detected.dialect, name[len(detected.prefix) :])
-        assert key is not None
-        halves.setdefault(_here(detected, key.module, key.part, name), {})[key.side] = of_rank(tensors, name)
-    broken = [module for module, sides in halves.items() if len(sides) != 2]
-    if broken:
-        raise CorruptCheckpoint(
-            f"{len(broken)} modules have only one of the two LoRA factors",
-            where="; ".join(fold_names(broken)[:4]),
-            hint="save the checkpoint again, or copy it again from where it was trained",
-            slug="factor-missing",
-        )
-    for module, sides in halves.items():
-        _check_pair(source, module, sides["down"], sides["up"])
-    return {module: (sides["down"], sides["up"]) for module, sides in halves.items()}
-
-
-def _here(detected: Detected, module: str, part: int, name: str) -> str:
-    """The diffusers module of a factor."""
-    if detected.spelling is None:
-        return module
-    found = detected.spelling.find(module)
-    assert found is not None
-    rule, fields = found
-    if not isinstance(rule, Rename | Fused) or part >= len(rule.targets):
-        raise FormatError(
-            f"{printable(name)} is part {part} of a module that has {len(rule.targets)}",
-            why=f"the {detected.family.title} table knows no such part",
-            hint="loraconv formats",
-            slug="part-unknown",
-        )
-    return fill(rule.targets[part], fields)
-
-
-def _check_pair(source: Source, module: str, down: TensorRef, up: TensorRef) -> None:
-    flat = len(down.shape) == 2 and len(up.shape) == 2
-    if not flat or down.shape[0] != up.shape[1] or not down.shape[0]:
-        raise CorruptCheckpoint(
-            f"the two LoRA factors of {printable(module)} do not fit together",
-            where=printable(str(source.path)),
-            why=f"down is {list(down.shape)}, up is {list(up.shape)}",
-            hint="save the checkpoint again, or copy it again from where it was trained",
-            slug="factor-shape",
-        )
-    for tensor in (down, up):
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise FormatError(
-                f"{printable(tensor.name)} is {tensor.dtype}, not a floating dtype",
-                hint="save the adapter in fp32, fp16 or bf16",
-                slug="dtype-unsupported",
-            )
-
-
-def _nearest(
-    source: Source, detected: Detected, ranks: list[dict[str, tuple[TensorRef, TensorRef]]]
-) -> dict[str, tuple[Lazy, Lazy]]:
-    """The single adapter nearest to what the model-parallel ranks computed.
-
-    A rows-parallel module (q, k, v) has its ``up`` rows on the ranks, and copies of ``down`` that drifted apart
-    slightly: their mean. A columns-parallel one (the output projection) has its ``down`` columns on the ranks, and each
-    rank added only its own share, so the mean over ranks of what they added is the concatenation divided by their
-    number. On a recorded run this is 5 and 7 % from the two ranks' outputs; the undivided sum is 8 and 10 %.
-    """
-    count = len(ranks)
-    _check_one_run(source, detected)
-    made: dict[str, tuple[Lazy, Lazy]] = {}
-    for module in ranks[0]:
-        downs, ups = (list(side) for side in zip(*(rank[module] for rank in ranks), strict=True))
-        found = detected.spelling.find_part(module) if detected.spelling else None
-        rule = detected.spelling.find(found[0]) if detected.spelling and found else None
-        parallel = rule[0].parallel if rule and isinstance(rule[0], Rename | Fused) else "whole"
-        if parallel == "rows":
-            refuse_copies(ups)
-            _check_copies(downs)
-            made[module] = Averaged(tuple(downs), count), Joined(tuple(ups), 0)
-        elif parallel == "columns":
-            _check_copies(ups)
-            made[module] = Joined(tuple(downs), 1), Averaged(tuple(ups), count * count)
-        else:
-            made[module] = Averaged(tuple(downs), count), Averaged(tuple(ups), count)
-    return made
-
-
-#: Base tensors up to this many bytes are compared between ranks; the greater ones would say no more.
-_SMALL = 1 << 16
-
-
-def _check_one_run(source: Source, detected: Detected) -> None:
-    """Small base tensors that every rank holds whole must be the same bytes: they are frozen in a LoRA run."""
-    for name in detected.ledger.base:
-        refs = [of_rank(tensors, name) for tensors in source.ranks]
-        found = detected.spelling.find(_module(detected, name)) if detected.spelling else None
-        whole = found is not None and split_dim(getattr(found[0], "parallel", "whole"), refs[0]) is None
-        if whole and nbytes(refs[0]) <= _SMALL:
-            same_in_all(refs)
-
-
-def _module(detected: Detected, name: str) -> str:
-    return base_name(detected.dialect, name[len(detected.prefix) :]).rpartition(".")[0]
-
-
-def _check_copies(refs: list[TensorRef]) -> None:
-    """Copies of one factor drift apart by thousandths in training; half of their norm apart, they never were copies."""
-    first = read(refs[0])
-    for other in refs[1:]:
-        gap, size = (first - read(other)) ** 2, first**2
-        if gap.sum() > size.sum() / 4:
-            raise mixed(refs[0], other)

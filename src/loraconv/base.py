@@ -47,7 +47,7 @@ def read_base(source: Source, detected: Detected, config: dict[str, Any]) -> dic
 def _refuse(source: Source, detected: Detected) -> None:
     refuse_parts(source)
     where = printable(str(source.path))
-    if detected.spelling is None or not detected.ledger.base:
+    if not detected.dialect.holds_models or not detected.ledger.base:
         raise FormatError(
             f"{where} holds no base model to convert",
             why="it is an adapter alone" if detected.has_factors else "it is in diffusers' own layout already",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from loraconv.naming import namings
 from loraconv.registry import dialect, dialects, families
 from loraconv.rules import Dialect
 
@@ -34,13 +35,21 @@ def formats(name: str | None = None) -> tuple[FormatInfo, ...]:
 
 
 def _info(d: Dialect) -> FormatInfo:
-    models = tuple(f.title for f in families() if not d.spelling or d.spelling in f.spellings)
-    keys = tuple(d.prefixes[0] + template for template in (d.down, d.up))
-    return FormatInfo(d.name, d.title, d.file, keys, _scale(d), d.carries, d.cannot_carry, models, d.facts)
+    models = tuple(f.title for f in families() if namings(d.name, f.name))
+    keys = tuple(d.prefixes[0] + template for template in (d.down, d.up, d.alpha) if template)
+    not_carried = (*d.cannot_carry, f"anything: it is read only; {d.read_only}") if d.read_only else d.cannot_carry
+    return FormatInfo(d.name, d.title, d.file, keys, _scale(d), d.carries, not_carried, models, d.facts)
 
 
 def _scale(d: Dialect) -> str:
-    place = f"alpha in {d.sidecar}" if d.sidecar else "alpha in the header (lora_adapter_metadata)"
+    if d.sidecar:
+        place = f"alpha in {d.sidecar}"
+    elif d.alpha:
+        place = "alpha in a tensor beside each pair of factors"
+    else:
+        marks = [mark.header for mark in d.marks if mark.header and not mark.word]
+        header = d.header or next(iter(marks), "")
+        place = f"alpha in the header ({header})" if header else "no alpha"
     if d.default_alpha is None:
         return place
     return f"{place}; where none: {d.default_why}"

@@ -86,6 +86,7 @@ def convert(
     *,
     out: str | Path,
     to: str,
+    family: str | None = None,
     alpha: float | None = None,
     dtype: str | None = None,
     scale_in: ScaleIn = "auto",
@@ -95,12 +96,14 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> ConvertResult:
-    """Convert the adapter in ``src`` to the format ``to`` (``diffusers``, ``peft`` or ``sat``) in the folder ``out``.
+    """Convert the adapter in ``src`` to the format ``to`` (``diffusers``, ``kohya``, ... see :func:`formats`) in the
+    folder ``out``.
 
-    ``alpha`` overrides what the files say; ``dtype`` is ``fp32``, ``fp16`` or ``bf16`` (None keeps it); ``scale_in``
-    says where a diffusers file carries the scale (``fold`` into up, ``metadata`` only, or ``auto``); ``strict`` refuses
-    a mere convention for alpha; ``nearest`` accepts a model-parallel adapter; ``allow_nonfinite`` accepts NaN and Inf;
-    ``overwrite`` replaces an earlier output of loraconv; ``dry_run`` writes nothing.
+    ``family`` is the model's (``cogvideox``, ``mochi``), where the adapter's names fit several; ``alpha`` overrides
+    what the files say; ``dtype`` is ``fp32``, ``fp16`` or ``bf16`` (None keeps it); ``scale_in`` says where a diffusers
+    file carries the scale (``fold`` into up, ``metadata`` only, or ``auto``); ``strict`` refuses a mere convention for
+    alpha; ``nearest`` accepts a model-parallel adapter; ``allow_nonfinite`` accepts NaN and Inf; ``overwrite`` replaces
+    an earlier output of loraconv; ``dry_run`` writes nothing.
 
     Raises :class:`UsageError` (no such file, a senseless option, an output inside an input), :class:`FormatError`
     (unknown, ambiguous, unsupported, alpha or rank missing or contradictory), :class:`CorruptCheckpoint` and
@@ -111,7 +114,7 @@ def convert(
     target = dialect(to)
     options = Options(alpha, dtype, scale_in, strict, nearest, allow_nonfinite)
     with open_source(src) as source:
-        detected = detect(source)
+        detected = detect(source, family)
         job, notices = adapter_job(source, detected, target.name, options)
         return _finish(source, detected, [job], notices, _Request(out, to, options, overwrite, dry_run))
 
@@ -142,7 +145,7 @@ def sat2diffusers(
     limit = parse_size(max_shard_size)
     with open_source(src) as source:
         detected = detect(source)
-        if not detected.dialect.spelling:
+        if not detected.dialect.holds_models:
             raise FormatError(
                 f"{printable(str(src))} is not a SAT checkpoint: {detected.reason}",
                 hint=f"loraconv convert {quoted(src)} -o {quoted(out)} --to diffusers",

@@ -108,8 +108,9 @@ def summarise(source: Source, detected: Detected, *, alpha: Fraction | None = No
 
 def _model(source: Source, detected: Detected) -> tuple[dict[str, Any] | None, str, list[str]]:
     family = detected.family
-    if detected.spelling is None or not detected.ledger.base:
-        return None, f"{family.title} (the adapter alone does not tell which)", []
+    if not detected.dialect.holds_models or not detected.ledger.base:
+        titles = " or ".join(f.title for f in (family, *detected.alike))
+        return None, f"{titles} (the adapter alone does not tell which)", []
     try:
         bare = bare_tensors(source, detected)
         config = infer_config(family, bare, source.config).values
@@ -166,6 +167,7 @@ def _contents(source: Source, detected: Detected) -> list[Group]:
     ledger = detected.ledger
     named = [
         ("LoRA factors", ledger.factors),
+        ("alpha tensors", ledger.alphas),
         (f"{detected.family.title} base", ledger.base),
         *ledger.foreign.items(),
         ("known, not needed", list(ledger.dropped)),
@@ -195,7 +197,7 @@ def _next(source: Source, detected: Detected, problem: str) -> str:
     path = quoted(source.path)
     if source.incomplete:
         return ""
-    if detected.dialect.spelling:
+    if detected.dialect.holds_models:
         if not detected.has_factors:
             return f"loraconv sat2diffusers {path} --what base -o transformer"
         nearest = " --nearest" if len(source.ranks) > 1 else ""

@@ -5,14 +5,15 @@ Every key ends up in exactly one group of the :class:`Ledger`, so nothing can be
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loraconv.errors import FormatError
 from loraconv.lazy import nbytes
-from loraconv.names import fold_names, printable
+from loraconv.names import fold_names, once_a_layer, printable
+from loraconv.naming import Naming, namings
 from loraconv.registry import dialects, families
-from loraconv.rules import Dialect, Family, Spelling, match
+from loraconv.rules import Dialect, Family, Mark, Spelling, fill, match
 from loraconv.source import Source
 
 
@@ -21,6 +22,7 @@ class Ledger:
     """Where each tensor of the checkpoint belongs (names as in the file)."""
 
     factors: list[str] = field(default_factory=list)
+    alphas: list[str] = field(default_factory=list)
     base: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     foreign: dict[str, list[str]] = field(default_factory=dict)
@@ -29,18 +31,25 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class Detected:
-    """The tables that fit a source: ``prefix`` is what stands before module names; ``reason`` is for people."""
+    """The tables that fit a source, and why (``reason``, for people). ``alike`` are families whose modules have the
+    very names that the file has, so that the names do not tell which of them it is."""
 
     dialect: Dialect
     family: Family
-    prefix: str
+    naming: Naming
     reason: str
     ledger: Ledger
+    alike: tuple[Family, ...] = ()
+
+    @property
+    def prefix(self) -> str:
+        """What stands before module names."""
+        return self.naming.prefix
 
     @property
     def spelling(self) -> Spelling | None:
-        """The family's spelling in this dialect; None where names are diffusers' own."""
-        return self.family.spellings[self.dialect.spelling] if self.dialect.spelling else None
+        """The family's spelling in the file; None where names are diffusers' own."""
+        return self.naming.spelling
 
     @property
     def has_factors(self) -> bool:
@@ -49,7 +58,8 @@ class Detected:
 
 @dataclass(frozen=True, slots=True)
 class FactorKey:
-    """What the name of a factor says: the module (as spelled in the file), the part of it, and ``down`` or ``up``."""
+    """What the name of a tensor says: the module (as spelled in the file), the part of it, and ``down``, ``up`` or
+    ``alpha``."""
 
     module: str
     part: int
@@ -57,83 +67,169 @@ class FactorKey:
 
 
 def factor_key(dialect: Dialect, name: str) -> FactorKey | None:
-    """The factor that ``name`` (prefix removed) spells in ``dialect``, or None if it spells none."""
-    for side, template in (("down", dialect.down), ("up", dialect.up)):
-        fields = match(template, name)
+    """The factor or alpha that ``name`` spells in ``dialect``, or None if it spells none."""
+    spelled = [("down", dialect.down), ("up", dialect.up), ("alpha", dialect.alpha)]
+    spelled += [pair for down, up in dialect.also for pair in (("down", down), ("up", up))]
+    for side, template in spelled:
+        fields = match(template, name) if template else None
         if fields is not None:
-            return FactorKey(fields["module"], int(fields.get("part", 0)), side)
+            return FactorKey(_rewritten(dialect, fields["module"]), int(fields.get("part", 0)), side)
     return None
 
 
-def detect(source: Source) -> Detected:
-    """The best reading of the source's keys; raises :class:`FormatError` (unknown or ambiguous)."""
-    readings = [
-        (_ledger(source.tensors, dialect, family, prefix), dialect, family, prefix)
-        for dialect in dialects()
-        for family in families()
-        for prefix in dialect.prefixes
-        if not dialect.spelling or dialect.spelling in family.spellings
-    ]
-    best = max(_score(ledger) for ledger, *_ in readings)
-    if best == (0, 0):
+def _rewritten(dialect: Dialect, module: str) -> str:
+    for there, here in dialect.rewrites:
+        fields = match(there, module)
+        if fields is not None:
+            return fill(here, fields)
+    return module
+
+
+#: A name, what it spells, and the number of names that it stands for.
+_Key = tuple[str, FactorKey | None, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """One way to read the source: how many keys it explains (``factors``, then ``base``), whether something besides the
+    keys speaks for the dialect (``mark``)."""
+
+    naming: Naming
+    factors: int
+    base: int
+    mark: Mark | None
+
+    @property
+    def dialect(self) -> Dialect:
+        return self.naming.dialect
+
+    @property
+    def score(self) -> tuple[int, int, int]:
+        return self.factors, self.base, -self.naming.place
+
+
+#: The header key in which loraconv keeps the name of the family, which the names of modules do not always tell.
+FAMILY_KEY = "loraconv.family"
+
+
+def detect(source: Source, family: str | None = None) -> Detected:
+    """The best reading of the source's keys. ``family`` (a name) decides between models that have the same names.
+
+    Raises :class:`FormatError` (unknown, ambiguous, no such family, or not one that the names fit).
+    """
+    readings = _readings(source, once_a_layer(source.tensors))
+    if not readings:
         return _detect_parts(source)
-    winners = [r for r in readings if _score(r[0]) == best]
-    names = sorted({dialect.name for _, dialect, _, _ in winners})
+    best = max(reading.score for reading in readings)
+    winners = [r for r in readings if r.score == best]
+    kin = {r.dialect.variant_of for r in winners}
+    winners = [r for r in winners if r.dialect.name not in kin]
+    names = list(dict.fromkeys(r.dialect.name for r in winners))
     if len(names) > 1 and best[0] > 0:
         raise FormatError(
             f"{printable(str(source.path))} can be read in more than one way",
-            why=f"{best[0]} keys fit {' and '.join(names)} alike",
+            why=f"{best[0]} keys fit {' and '.join(sorted(names))} alike",
             hint="loraconv formats",
             slug="format-ambiguous",
         )
-    ledger, dialect, family, prefix = winners[0]
-    return Detected(dialect, family, prefix, _reason(ledger, dialect, family, len(source.tensors)), ledger)
+    first = winners[0]
+    alike: dict[str, _Reading] = {}
+    for reading in winners:
+        if reading.dialect is first.dialect:
+            alike.setdefault(reading.naming.family.name, reading)
+    told = family or source.metadata.get(FAMILY_KEY, "")
+    if family is not None and family not in alike:
+        raise _other_family(source, family, alike)
+    first = alike.get(told, first)
+    others = () if told in alike else tuple(r.naming.family for r in alike.values() if r is not first)
+    return _detected(source, first, others)
+
+
+def _detected(source: Source, first: _Reading, alike: tuple[Family, ...]) -> Detected:
+    ledger = _ledger(source.tensors, first.naming)
+    reason = _reason(ledger, first, alike, len(source.tensors))
+    return Detected(first.dialect, first.naming.family, first.naming, reason, ledger, alike)
+
+
+def _readings(source: Source, names: Mapping[str, int]) -> list[_Reading]:
+    """Every reading that explains some of ``names``, which stand for as many keys each; of those without factors none
+    where some reading has factors."""
+    parsed = [(d, [(name, factor_key(d, name), count) for name, count in names.items()]) for d in dialects()]
+    able = [(d, keys) for d, keys in parsed if any(key is not None for _, key, _ in keys)]
+    found = [reading for d, keys in able for reading in _readings_as(source, d, keys)]
+    if any(reading.factors for reading in found):
+        return found
+    return [reading for d, keys in parsed for reading in _readings_as(source, d, keys)]
+
+
+def _readings_as(source: Source, dialect: Dialect, keys: Sequence[_Key]) -> Iterator[_Reading]:
+    mark = next((m for m in dialect.marks if is_there(m, source)), None)
+    if dialect.variant_of and mark is None:
+        return
+    for family in families():
+        for naming in namings(dialect.name, family.name):
+            factors, base = _score(keys, naming)
+            if factors or base:
+                yield _Reading(naming, factors, base, mark)
+
+
+def _score(keys: Sequence[_Key], naming: Naming) -> tuple[int, int]:
+    factors = base = 0
+    for name, key, count in keys:
+        if not naming.begins(name):
+            continue
+        group = _group(name, key, naming)
+        factors += count * (group in ("factors", "alphas"))
+        base += count * (group == "base")
+    return factors, base
+
+
+def is_there(mark: Mark, source: Source) -> bool:
+    """True if the source has this mark."""
+    if mark.header:
+        return mark.header in source.metadata and mark.word in source.metadata[mark.header].lower()
+    return source.config_path is not None and source.config_path.name == mark.beside
 
 
 def _detect_parts(source: Source) -> Detected:
     """A checkpoint that holds only parts of its tensors: their names still tell what it is."""
-    for dialect in dialects():
-        for family in families():
-            if not dialect.spelling or dialect.spelling not in family.spellings:
-                continue
-            ledger = _ledger(source.incomplete, dialect, family, dialect.prefixes[0])
-            if _score(ledger) > (0, 0):
-                reason = f"parts of {len(source.incomplete)} {dialect.name} tensors of {family.title}"
-                return Detected(dialect, family, dialect.prefixes[0], reason, Ledger())
+    for reading in _readings(source, once_a_layer(source.incomplete)):
+        naming = reading.naming
+        if reading.dialect.holds_models:
+            reason = f"parts of {len(source.incomplete)} {reading.dialect.name} tensors of {naming.family.title}"
+            return Detected(reading.dialect, naming.family, naming, reason, Ledger())
     raise _unknown(source)
 
 
-def _score(ledger: Ledger) -> tuple[int, int]:
-    return len(ledger.factors), len(ledger.base)
-
-
-def _ledger(names: Iterable[str], dialect: Dialect, family: Family, prefix: str) -> Ledger:
-    ledger = Ledger()
-    spelling = family.spellings[dialect.spelling] if dialect.spelling else None
+def _ledger(names: Iterable[str], naming: Naming) -> Ledger:
+    ledger, dialect, spelling = Ledger(), naming.dialect, naming.spelling
     for name in names:
-        other = next((f.what for f in dialect.foreign if name.startswith(f.prefix)), "")
-        if other:
-            ledger.foreign.setdefault(other, []).append(name)
-        elif not name.startswith(prefix):
-            ledger.unknown.append(name)
+        group = _group(name, factor_key(dialect, name), naming)
+        if group == "foreign":
+            what = next(f.what for f in dialect.foreign if name.startswith(f.prefix))
+            ledger.foreign.setdefault(what, []).append(name)
+        elif group == "dropped":
+            assert spelling is not None
+            ledger.dropped[name] = spelling.drops(name[len(naming.prefix) :])
         else:
-            _place(ledger, name, name[len(prefix) :], dialect, family, spelling)
+            getattr(ledger, group).append(name)
     return ledger
 
 
-def _place(ledger: Ledger, name: str, bare: str, dialect: Dialect, family: Family, spelling: Spelling | None) -> None:
-    key = factor_key(dialect, bare)
-    module = key.module if key else base_name(dialect, bare).rpartition(".")[0]
-    known = family.knows(module) if spelling is None else spelling.find(module) is not None
-    why = spelling.drops(bare) if spelling else ""
-    if why:
-        ledger.dropped[name] = why
-    elif not known:
-        ledger.unknown.append(name)
-    elif key:
-        ledger.factors.append(name)
-    else:
-        ledger.base.append(name)
+def _group(name: str, key: FactorKey | None, naming: Naming) -> str:
+    """The field of the :class:`Ledger` in which a tensor belongs."""
+    dialect, spelling, prefix = naming.dialect, naming.spelling, naming.prefix
+    if any(name.startswith(f.prefix) for f in dialect.foreign):
+        return "foreign"
+    if key is not None:
+        known = naming.find(key.module) is not None
+        return ("alphas" if key.side == "alpha" else "factors") if known else "unknown"
+    if not name.startswith(prefix):
+        return "unknown"
+    bare = name[len(prefix) :]
+    if spelling is not None and spelling.drops(bare):
+        return "dropped"
+    return "unknown" if naming.find(prefix + base_name(dialect, bare).rpartition(".")[0]) is None else "base"
 
 
 def base_name(dialect: Dialect, bare: str) -> str:
@@ -142,10 +238,26 @@ def base_name(dialect: Dialect, bare: str) -> str:
     return f"{fields['module']}.{fields['param']}" if fields else bare
 
 
-def _reason(ledger: Ledger, dialect: Dialect, family: Family, total: int) -> str:
-    if ledger.factors:
-        return f"{len(ledger.factors)} keys are {dialect.name} factors of {family.title} modules, of {total}"
-    return f"{len(ledger.base)} of {total} keys are {family.title} base weights; no factors"
+def _reason(ledger: Ledger, reading: _Reading, alike: tuple[Family, ...], total: int) -> str:
+    dialect, naming = reading.dialect, reading.naming
+    titles = " or ".join(f.title for f in (naming.family, *alike))
+    if not ledger.factors:
+        return f"{len(ledger.base)} of {total} keys are {titles} base weights; no factors"
+    alphas = f" and {len(ledger.alphas)} alphas" if ledger.alphas else ""
+    said = [f"{len(ledger.factors)} keys are {dialect.name} factors{alphas} of {titles} modules, of {total}"]
+    if reading.mark is not None:
+        told = f"header {reading.mark.header}" if reading.mark.header else reading.mark.beside
+        said.append(f"told from {dialect.variant_of} by {told}" if dialect.variant_of else f"as {told} says")
+    return "; ".join(said)
+
+
+def _other_family(source: Source, family: str, alike: Mapping[str, _Reading]) -> FormatError:
+    return FormatError(
+        f"{printable(str(source.path))} is no adapter of {printable(family)}",
+        why=f"its names fit {', '.join(alike)}",
+        hint=f"--family {next(iter(alike))}",
+        slug="family",
+    )
 
 
 def _unknown(source: Source) -> FormatError:

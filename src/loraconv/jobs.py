@@ -66,10 +66,17 @@ def adapter_job(source: Source, detected: Detected, to: str, options: Options) -
     adapter = read_adapter(source, detected, alpha=alpha, strict=options.strict, nearest=options.nearest)
     notices = _health_notices(source, adapter, options) + left_behind(source, detected) + nearest_notices(source)
     target = dialect(to)
-    plan = plan_adapter(adapter, target, detected.family, dtype=options.dtype_name, scale_in=options.scale_in)
+    plan = plan_adapter(
+        adapter,
+        target,
+        detected.family,
+        alike=detected.alike,
+        dtype=options.dtype_name,
+        scale_in=options.scale_in,
+    )
     proof = {
         "alpha": alpha,
-        "every_consumer": not target.every_consumer_reads_alpha and folds(adapter.factors, options.scale_in),
+        "every_consumer": not target.every_consumer_reads_alpha and folds(adapter.factors, target, options.scale_in),
         "dtype": options.dtype_name,
     }
     return Job(plan, "", proof), notices

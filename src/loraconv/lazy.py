@@ -77,6 +77,17 @@ class TensorRef:
         offset = self.offset + start * row * DTYPE_BYTES[self.dtype]
         return replace(self, shape=(stop - start, *self.shape[1:]), offset=offset)
 
+    def columns(self, start: int, stop: int) -> TensorRef:
+        """Columns ``start:stop`` of a matrix."""
+        rows, width = self.shape
+        if not 0 <= start <= stop <= width:
+            raise ValueError(f"columns {start}:{stop} of {self.shape}")
+        if (start, stop) == (0, width):
+            return self
+        strides = (width, 1) if self.strides is None else self.strides
+        offset = self.offset + start * strides[1] * DTYPE_BYTES[self.dtype]
+        return replace(self, shape=(rows, stop - start), offset=offset, strides=strides)
+
     def pieces(self) -> Iterator[bytes]:
         """The tensor's bytes in row-major order, ``PIECE_BYTES`` at a time (a strided view: all at once)."""
         if self.strides is not None:
@@ -136,6 +147,103 @@ class Joined:
     def leaves(self) -> Iterator[TensorRef]:
         for part in self.parts:
             yield from part.leaves()
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows ``start:stop`` of another lazy tensor."""
+
+    source: Lazy
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop <= self.source.shape[0]:
+            raise ValueError(f"rows {self.start}:{self.stop} of {self.source.shape}")
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.source.shape[1:])
+
+    def pieces(self) -> Iterator[bytes]:
+        row = numel(self.source.shape[1:]) * DTYPE_BYTES[self.dtype]
+        skip, left = self.start * row, (self.stop - self.start) * row
+        for piece in self.source.pieces():
+            part = piece[skip : skip + left]
+            skip, left = max(skip - len(piece), 0), left - len(part)
+            yield part
+
+    def leaves(self) -> Iterator[TensorRef]:
+        yield from self.source.leaves()
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """A matrix with columns of zeros before and behind it: its first column is column ``at`` of ``width``."""
+
+    source: Lazy
+    at: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.at < 0 or self.at + self.source.shape[1] > self.width:
+            raise ValueError(f"{self.source.shape} does not fit at {self.at} of {self.width}")
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape[0], self.width
+
+    def pieces(self) -> Iterator[bytes]:
+        size = DTYPE_BYTES[self.dtype]
+        row = self.source.shape[1] * size
+        before, behind = bytes(self.at * size), bytes((self.width - self.at) * size - row)
+        whole = b"".join(self.source.pieces())
+        yield b"".join(before + whole[n * row : (n + 1) * row] + behind for n in range(self.shape[0]))
+
+    def leaves(self) -> Iterator[TensorRef]:
+        yield from self.source.leaves()
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """A tensor of zeros."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def pieces(self) -> Iterator[bytes]:
+        yield bytes(nbytes(self))
+
+    def leaves(self) -> Iterator[TensorRef]:
+        yield from ()
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A tensor without dimensions that holds one number, rounded to ``dtype``."""
+
+    value: float
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ()
+
+    def pieces(self) -> Iterator[bytes]:
+        import numpy as np
+
+        yield encode(np.array([self.value]), self.dtype)
+
+    def leaves(self) -> Iterator[TensorRef]:
+        yield from ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +336,25 @@ class Averaged:
 def read(tensor: Lazy) -> np.ndarray[Any, Any]:
     """The whole tensor as float64 values, shape kept."""
     return decode(b"".join(tensor.pieces()), tensor.dtype).reshape(tensor.shape)
+
+
+def same_bytes(one: Lazy, other: Lazy) -> bool:
+    """True if two tensors of one dtype and shape hold the same bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return one == other or b"".join(one.pieces()) == b"".join(other.pieces())
+
+
+def number(tensor: TensorRef) -> int | float:
+    """The one number in a tensor of one element, exact; raises :class:`ValueError` for other tensors and dtypes."""
+    if numel(tensor.shape) != 1 or len(tensor.shape) > 1:
+        raise ValueError(f"shape {list(tensor.shape)} is not one number")
+    raw = b"".join(tensor.pieces())
+    if tensor.dtype in ("F16", "BF16", "F32", "F64"):
+        return float(decode(raw, tensor.dtype)[0])
+    if tensor.dtype[:1] in ("I", "U"):
+        return int.from_bytes(raw, "little", signed=tensor.dtype[0] == "I")
+    raise ValueError(f"{tensor.dtype} is no dtype for a number")
 
 
 def decode(raw: bytes, dtype: str) -> np.ndarray[Any, Any]:

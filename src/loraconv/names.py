@@ -95,6 +95,18 @@ def fold_names(names: Iterable[str]) -> list[str]:
     return folded
 
 
+def once_a_layer(names: Iterable[str]) -> dict[str, int]:
+    """One of all names that differ only in their first number -> how many they are."""
+    first: dict[tuple[str, ...], str] = {}
+    counts: dict[str, int] = {}
+    for name in names:
+        match = _DIGITS.search(name)
+        key = (name,) if match is None else (name[: match.start()], name[match.end() :])
+        one = first.setdefault(key, name)
+        counts[one] = counts.get(one, 0) + 1
+    return counts
+
+
 def human_bytes(count: int) -> str:
     """A byte count for people, in powers of 1000: ``118.0 MB``."""
     value = float(count)

@@ -7,19 +7,20 @@ can be folded without rounding.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
 from loraconv import __version__
 from loraconv.adapter import Adapter, Factor
+from loraconv.detect import FAMILY_KEY
 from loraconv.errors import FormatError
 from loraconv.fold import cast, fits, folded, refuse_ruin
-from loraconv.lazy import Averaged, InMemory, Joined, Lazy, Scaled, TensorRef, nbytes
-from loraconv.names import fold_names
+from loraconv.lazy import Averaged, InMemory, Joined, Lazy, Number, Padded, Rows, Scaled, TensorRef, nbytes, read
 from loraconv.rules import Dialect, Family, fill
 from loraconv.scale import ORIGIN_KEY, Origin, Place, Scale
+from loraconv.written import Written, family_for, write_pairs
 
 ScaleIn = Literal["auto", "fold", "metadata"]
 
@@ -71,24 +72,38 @@ class Plan:
 
 
 def plan_adapter(
-    adapter: Adapter, target: Dialect, family: Family, *, dtype: str | None = None, scale_in: ScaleIn = "auto"
+    adapter: Adapter,
+    target: Dialect,
+    family: Family,
+    *,
+    alike: Sequence[Family] = (),
+    dtype: str | None = None,
+    scale_in: ScaleIn = "auto",
 ) -> Plan:
     """Plan an adapter for ``target``. ``dtype`` (safetensors name) casts every factor; None keeps each as it is.
+    ``alike`` are families that the adapter may belong to as well.
 
     Raises :class:`FormatError` where the target cannot carry what the adapter says.
     """
     factors, notices = adapter.factors, list(adapter.notices)
+    family = family_for(factors, target, (family, *alike))
     if dtype is not None:
         factors = tuple(_cast(f, dtype) for f in factors)
     if target.every_consumer_reads_alpha:
         factors = tuple(_unfolded(f, keep_dtype=dtype is not None) for f in factors)
     else:
-        factors, said = _place_scale(factors, scale_in, dtype)
+        factors, said = _place_scale(factors, target, scale_in, dtype)
         notices += said
     refuse_ruin({f"{f.module}.{side}": t for f in factors for side, t in (("down", f.down), ("up", f.up))})
     if target.container == "run-folder":
         return _plan_run(factors, target, family, tuple(notices))
-    return _plan_file(factors, target, family, tuple(notices))
+    plan = _plan_file(factors, target, family, tuple(notices))
+    return plan if alike else _with_family(plan, family)
+
+
+def _with_family(plan: Plan, family: Family) -> Plan:
+    files = tuple(replace(f, metadata={**f.metadata, FAMILY_KEY: family.name}) for f in plan.files)
+    return replace(plan, files=files)
 
 
 def _cast(factor: Factor, dtype: str) -> Factor:
@@ -96,10 +111,10 @@ def _cast(factor: Factor, dtype: str) -> Factor:
 
 
 def _place_scale(
-    factors: tuple[Factor, ...], scale_in: ScaleIn, dtype: str | None
+    factors: tuple[Factor, ...], target: Dialect, scale_in: ScaleIn, dtype: str | None
 ) -> tuple[tuple[Factor, ...], list[str]]:
     """The factors of a file that some consumers read at scale 1: the scale goes into ``up``, or into the header."""
-    if not folds(factors, scale_in):
+    if not folds(factors, target, scale_in):
         kept = tuple(replace(f, origin=_origin(f, "header")) for f in factors)
         unread = any(f.scale.exact != 1 for f in factors)
         note = "the scale is in the header only: diffusers before 0.34 and ComfyUI will apply this LoRA at strength 1"
@@ -121,9 +136,21 @@ def _place_scale(
     return wide, said
 
 
-def folds(factors: tuple[Factor, ...], scale_in: ScaleIn) -> bool:
+def folds(factors: tuple[Factor, ...], target: Dialect, scale_in: ScaleIn) -> bool:
     """True if a file that some consumers read at scale 1 shall have the scale in ``up``: where that was asked for, and
-    by default unless the adapter comes from a diffusers file that had it in its header."""
+    by default unless the adapter comes from a diffusers file that had it in its header.
+
+    Raises :class:`FormatError` where the scale was wanted in the header of a format that has no room for it there.
+    """
+    if not target.header:
+        if scale_in == "metadata":
+            raise FormatError(
+                f"{target.name} cannot carry a scale beside the factors",
+                why="no consumer of it reads alpha",
+                hint="leave --scale-in out, or use --to diffusers --scale-in metadata",
+                slug="cannot-carry",
+            )
+        return True
     in_header = any(f.origin is not None and f.origin.place == "header" for f in factors)
     return scale_in == "fold" or (scale_in == "auto" and not in_header)
 
@@ -171,15 +198,24 @@ def _unfolded(factor: Factor, *, keep_dtype: bool) -> Factor:
 # one function a container
 
 
-def _outputs(factors: tuple[Factor, ...], target: Dialect, names: Mapping[str, str]) -> tuple[Output, ...]:
-    """The two tensors of every factor under the target's names; ``names`` maps modules to the target's spelling."""
+def _outputs(factors: tuple[Factor, ...], target: Dialect, family: Family) -> tuple[Output, ...]:
+    """The tensors of every pair under the target's names."""
     made = []
-    for factor in factors:
-        module, _, part = names[factor.module].partition("#")
-        for template, tensor in ((target.down, factor.down), (target.up, factor.up)):
-            name = target.prefixes[0] + fill(template, {"module": module, "part": part})
-            made.append(Output(name, tensor, how(tensor), exact_recipe(tensor)))
+    for pair in write_pairs(factors, target, family):
+        fields = {"module": pair.module, "part": pair.part}
+        for template, tensor in ((target.down, pair.down), (target.up, pair.up)):
+            made.append(Output(fill(template, fields), tensor, how(tensor), exact_recipe(tensor)))
+        if target.alpha:
+            made.append(_alpha(fill(target.alpha, fields), pair))
     return tuple(made)
+
+
+def _alpha(name: str, pair: Written) -> Output:
+    """alpha as consumers divide it by the rank, so that rsLoRA's square root is counted in; float32 as trainers do."""
+    scale, rank = pair.scale, pair.scale.rank
+    alpha = scale.exact * rank if scale.exact is not None else Fraction(scale.value) * rank
+    tensor = Number(float(alpha), "F64" if pair.up.dtype == "F64" else "F32")
+    return Output(name, tensor, "alpha", Fraction(float(read(tensor))) == alpha)
 
 
 def how(tensor: Lazy) -> str:
@@ -205,6 +241,8 @@ def exact_recipe(tensor: Lazy) -> bool:
         return exact_recipe(tensor.source) and tensor.exact
     if isinstance(tensor, Joined):
         return all(map(exact_recipe, tensor.parts))
+    if isinstance(tensor, Rows | Padded):
+        return exact_recipe(tensor.source)
     return not isinstance(tensor, Averaged | InMemory)
 
 
@@ -236,7 +274,7 @@ def _place(factor: Factor) -> Place:
 
 def _plan_file(factors: tuple[Factor, ...], target: Dialect, family: Family, notices: tuple[str, ...]) -> Plan:
     """One safetensors file, and the settings file beside it where the format has one."""
-    outputs = _outputs(factors, target, _names(factors, target, family))
+    outputs = _outputs(factors, target, family)
     metadata = {"format": "pt", ORIGIN_KEY: json.dumps(_origin_json(factors), sort_keys=True), **proof_claim(outputs)}
     if target.header:
         config = {f"{family.component}.{key}": value for key, value in _lora_config(factors).items()}
@@ -248,7 +286,7 @@ def _plan_file(factors: tuple[Factor, ...], target: Dialect, family: Family, not
 def _plan_run(factors: tuple[Factor, ...], target: Dialect, family: Family, notices: tuple[str, ...]) -> Plan:
     """A run folder with one torch file, its settings and the pointer to its only iteration."""
     assert target.layout is not None
-    outputs = _outputs(factors, target, _names(factors, target, family))
+    outputs = _outputs(factors, target, family)
     settings = {**_settings(factors, target), ORIGIN_KEY: _origin_json(factors)}
     texts = {target.layout.pointer: "1", target.sidecar: _settings_text(settings, target.sidecar)}
     file = PlannedFile(f"1/{target.file}", outputs, kind="torch")
@@ -303,31 +341,6 @@ def _lora_config(factors: tuple[Factor, ...]) -> dict[str, Any]:
 def plain(value: Fraction) -> int | float:
     """A fraction as JSON and YAML write it: an int where it is one, else the nearest float64."""
     return int(value) if value.denominator == 1 else float(value)
-
-
-def _names(factors: tuple[Factor, ...], target: Dialect, family: Family) -> dict[str, str]:
-    """Module -> the target's ``module#part``; raises :class:`FormatError` for modules the target cannot adapt."""
-    if not target.spelling:
-        return {f.module: f.module for f in factors}
-    if target.spelling not in family.spellings:
-        raise FormatError(
-            f"{target.name} has no names for the modules of {family.title}",
-            why=f"no table spells them for {target.spelling}",
-            hint="loraconv formats",
-            slug="cannot-carry",
-        )
-    spelling = family.spellings[target.spelling]
-    found = {f.module: spelling.find_part(f.module) for f in factors}
-    foreign = [m for m, where in found.items() if where is None or not spelling.can_adapt(where[0])]
-    if foreign:
-        raise FormatError(
-            f"{target.name} cannot carry {len(foreign)} of the adapter's modules",
-            where="; ".join(fold_names(foreign)[:4]),
-            why=f"it adapts {' and '.join(spelling.adapts)} only",
-            hint="convert to diffusers or peft instead: --to peft",
-            slug="cannot-carry",
-        )
-    return {m: f"{where[0]}#{where[1]}" for m, where in found.items() if where is not None}
 
 
 def _single_scale(factors: tuple[Factor, ...], target: Dialect) -> tuple[int, Fraction]:

@@ -26,6 +26,7 @@ __all__ = [
     "Has",
     "Kernel",
     "Layers",
+    "Mark",
     "Modulation",
     "Positions",
     "Regrouped",
@@ -47,24 +48,24 @@ _ANY_NUMBER = re.compile(r"\{\w+\}|\d+")
 
 
 @lru_cache(maxsize=4096)
-def _pattern(template: str) -> tuple[str, re.Pattern[str]]:
-    """The literal beginning of a template, and its anchored pattern; ``{module}`` and ``{param}`` stand for dotted
-    names, other fields for a number."""
+def _pattern(template: str) -> tuple[str, str, re.Pattern[str]]:
+    """The literal beginning and end of a template, and its anchored pattern; ``{module}``, ``{param}`` and
+    ``{adapter}`` stand for names, other fields for a number."""
     out, at = [], 0
     for match in _FIELD.finditer(template):
         out.append(re.escape(template[at : match.start()]))
         word = match.group(1)
-        inside = {"module": ".+", "param": r"[^.]+"}.get(word, _NUMBER)
+        inside = {"module": ".+", "param": r"[^.]+", "adapter": r"[^.]+"}.get(word, _NUMBER)
         out.append(f"(?P<{word}>{inside})")
         at = match.end()
     out.append(re.escape(template[at:]))
-    return template.partition("{")[0], re.compile("".join(out), re.DOTALL)
+    return template.partition("{")[0], template.rpartition("}")[2], re.compile("".join(out), re.DOTALL)
 
 
 def match(template: str, name: str) -> dict[str, str] | None:
     """The fields of ``name`` under ``template``, or None if it does not match as a whole."""
-    begin, pattern = _pattern(template)
-    found = pattern.fullmatch(name) if name.startswith(begin) else None
+    begin, end, pattern = _pattern(template)
+    found = pattern.fullmatch(name) if name.startswith(begin) and name.endswith(end) else None
     return found.groupdict() if found else None
 
 
@@ -474,19 +475,41 @@ class Foreign:
 Container = Literal["run-folder", "safetensors-file"]
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What tells a dialect from another with the same keys: a header key whose value, in lower case, holds ``word``, or
+    a file beside the weights (``beside``)."""
+
+    header: str = ""
+    word: str = ""
+    beside: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
-    """How one tool spells an adapter. Templates use ``{module}``, ``{param}``, ``{part}`` (a number).
+    """How one tool spells an adapter. Templates use ``{module}``, ``{param}``, ``{adapter}`` and ``{part}`` (a number).
 
-    ``prefixes`` is what stands before module names, the first being the one that is written. ``spelling`` names the
-    family's spelling, empty for diffusers' own names. ``frozen`` spells the untouched weight of an adapted module.
-    ``sidecar`` is the settings file beside the weights (YAML or JSON, by its suffix); ``alpha_at``, ``rank_at`` and,
-    where modules may differ, ``alpha_pattern_at``, ``rank_pattern_at`` and ``rslora_at`` are paths into it. ``header``
-    is the key of a safetensors header that holds peft's configuration as JSON. ``targets_at`` is where the names of the
-    adapted modules stand, ``settings`` what the format's own settings file always says.
+    Keys. ``down`` and ``up`` spell the factors; ``also`` are other spellings of the two that are read. ``alpha`` spells
+    the tensor that holds alpha, empty if there is none. ``prefixes`` is what stands before module names; in them
+    ``{component}`` is the pipeline component. ``components`` are those that the dialect has and what it calls them;
+    empty means all, under their own names. ``spellings`` name the family's spellings that may follow, empty for
+    diffusers' own names. Of prefixes and spellings the first that the family has is written.
+    ``separator`` replaces the dots in module names. ``rewrites`` turn module names into the usual ones when read.
+    ``frozen`` spells the untouched weight of an adapted module.
+
+    Scale. ``sidecar`` is the settings file beside the weights (YAML or JSON, by its suffix); ``alpha_at``, ``rank_at``
+    and, where modules may differ, ``alpha_pattern_at``, ``rank_pattern_at`` and ``rslora_at`` are paths into it.
+    ``header`` is the key of a safetensors header that holds peft's configuration as JSON, ``header_alpha`` one that
+    holds alpha as text. ``alpha_of_block`` marks files whose pairs may be several side by side, with the alpha of one
+    of them. ``targets_at`` is where the names of the adapted modules stand, ``settings`` what the format's own settings
+    file always says.
     ``default_alpha`` is the documented convention where no file says alpha: a number, ``"rank"``, or None for unknown.
     ``every_consumer_reads_alpha`` is false where some consumer of the format applies scale 1 whatever the file says,
     so that the scale has to be folded into ``up``.
+
+    Kin. ``any_model`` is true where the format is for any model, and not only for the components of image and video
+    pipelines. A dialect that is a ``variant_of`` another has the same keys and is told from it by one of its ``marks``.
+    ``read_only`` says why a dialect is not written, and what to write instead.
     """
 
     name: str
@@ -496,7 +519,12 @@ class Dialect:
     down: str
     up: str
     prefixes: tuple[str, ...]
-    spelling: str = ""
+    also: tuple[tuple[str, str], ...] = ()
+    alpha: str = ""
+    components: Mapping[str, str] = field(default_factory=dict)
+    spellings: tuple[str, ...] = ("",)
+    separator: str = "."
+    rewrites: tuple[tuple[str, str], ...] = ()
     frozen: str = ""
     foreign: tuple[Foreign, ...] = ()
     layout: RunLayout | None = None
@@ -509,9 +537,20 @@ class Dialect:
     targets_at: str = ""
     settings: Mapping[str, object] = field(default_factory=dict)
     header: str = ""
+    header_alpha: str = ""
+    alpha_of_block: tuple[Mark, ...] = ()
     default_alpha: int | Literal["rank"] | None = None
     default_why: str = ""
     every_consumer_reads_alpha: bool = True
+    any_model: bool = False
+    variant_of: str = ""
+    marks: tuple[Mark, ...] = ()
+    read_only: str = ""
     carries: tuple[str, ...] = ()
     cannot_carry: tuple[str, ...] = ()
     facts: str = ""
+
+    @property
+    def holds_models(self) -> bool:
+        """True if the dialect's files hold the whole model that was trained, and not an adapter alone."""
+        return self.container == "run-folder"

@@ -14,10 +14,13 @@ from fractions import Fraction
 from functools import cache
 from typing import Any, Literal, get_args
 
-from loraconv.detect import Detected
+from loraconv.detect import Detected, factor_key
 from loraconv.errors import CorruptCheckpoint, FormatError, UsageError
 from loraconv.io.sidecar import at, parse_json
+from loraconv.lazy import TensorRef
+from loraconv.lazy import number as number_in
 from loraconv.names import FLOAT_DTYPES, printable
+from loraconv.rules import fill
 from loraconv.source import Source
 
 #: The header in which loraconv keeps what the trainer said, from which the way back is exact.
@@ -25,6 +28,11 @@ ORIGIN_KEY = "loraconv.origin"
 #: Far above any rank; a greater alpha is a damaged file or a slip.
 LARGEST_ALPHA = 1 << 20
 
+
+#: How the ``.alpha`` tensors are named as a source of alpha.
+ALPHA_TENSORS = "alpha tensors"
+#: A decimal number as a trainer's ``str`` writes it.
+_DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,10})?")
 
 Place = Literal["up", "header", "file"]
 
@@ -40,6 +48,13 @@ class Scale:
     rank: int
     source: str
     rslora: bool = False
+
+    def of_rank(self, rank: int) -> Scale:
+        """The same scale for factors of another rank, which are a part of those that alpha was stated for."""
+        if rank == self.rank:
+            return self
+        scale = self.exact if self.exact is not None else Fraction(self.value)
+        return Scale(scale * rank, rank, self.source)
 
     @property
     def exact(self) -> Fraction | None:
@@ -202,7 +217,12 @@ Teller = Callable[[str], Claim]
 
 def _claims(source: Source, detected: Detected) -> Callable[[str], list[Claim]]:
     """A function from a module name to what each place says about it, best place first."""
-    places = [*_sidecar_claims(source, detected), *_header_claims(source, detected)]
+    places = [
+        *_sidecar_claims(source, detected),
+        *_header_claims(source, detected),
+        *_tensor_claims(source, detected),
+        *_text_claims(source, detected),
+    ]
     return lambda module: [place(module) for place in places]
 
 
@@ -235,6 +255,42 @@ def _header_claims(source: Source, detected: Detected) -> list[Teller]:
             config = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
         found.append(_place(f"header {key}", config))
     return found
+
+
+def _tensor_claims(source: Source, detected: Detected) -> list[Teller]:
+    """The ``.alpha`` tensor beside a pair of factors: one number of any dtype."""
+    told: dict[str, Claim] = {}
+    for name in detected.ledger.alphas:
+        key = factor_key(detected.dialect, name)
+        found = detected.naming.find(key.module) if key else None
+        assert found is not None
+        rule, fields = found
+        claim = Claim(ALPHA_TENSORS, _number_in(source.tensors[name]), None)
+        told |= {fill(template, fields): claim for template in rule.targets}
+    return [lambda module: told.get(module, Claim(ALPHA_TENSORS, None, None))] if told else []
+
+
+def _number_in(tensor: TensorRef) -> int | float:
+    try:
+        return number_in(tensor)
+    except ValueError as error:
+        raise CorruptCheckpoint(
+            f"{printable(tensor.name)} does not hold alpha",
+            where=tensor.file.shown,
+            why=str(error),
+            hint="save the adapter again, or remove its alpha tensors and pass --alpha A",
+            slug="alpha-shape",
+        ) from None
+
+
+def _text_claims(source: Source, detected: Detected) -> list[Teller]:
+    """One alpha for all as text in the header (``ss_network_alpha``); a word such as ``Dynamic`` says none."""
+    key = detected.dialect.header_alpha
+    text = source.metadata.get(key, "") if key else ""
+    if not _DECIMAL.fullmatch(text):
+        return []
+    claim = Claim(f"header {key}", float(text), None)
+    return [lambda module: claim]
 
 
 def _place(where: str, config: dict[str, Any]) -> Teller:

@@ -119,7 +119,8 @@ def sat2diffusers(as_json: bool, quiet: bool, debug: bool, **options: Any) -> No
 @root.command()
 @click.argument("src")
 @click.option("-o", "--out", required=True, help="The folder to write.")
-@click.option("--to", required=True, metavar="FORMAT", help="diffusers, peft or sat (see `loraconv formats`).")
+@click.option("--to", required=True, metavar="FORMAT", help="diffusers, peft, kohya ... (see `loraconv formats`).")
+@click.option("--family", metavar="MODEL", help="The model's family, where the adapter's names fit several.")
 @_conversion_options
 @_output_options
 def convert(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:

@@ -103,7 +103,7 @@ def next_step(result: ConvertResult) -> str:
         return f'CogVideoXTransformer3DModel.from_pretrained("{out}")'
     if result.to == "peft":
         return f'peft.PeftModel.from_pretrained(transformer, "{out}")'
-    if result.to == "sat":
+    if result.to != "diffusers":
         return f"loraconv inspect {quoted(result.out)}"
     return f'pipe.load_lora_weights("{out}")'
 

@@ -125,9 +125,17 @@ class _Side:
 
 
 def _read(source: Source, alpha: float | None) -> _Side:
-    keys = sort_keys(source.tensors)
+    keys = Keys(dict(source.tensors), {}, {}) if _has_names(source) else sort_keys(source.tensors)
     plain = replace(source, ranks=[keys.plain, *source.ranks[1:]])
     return _Side(plain, keys, detect(plain), adapter_pairs(plain, alpha))
+
+
+def _has_names(source: Source) -> bool:
+    """True if an adapter's name in the keys is how the format is written, and no slip."""
+    try:
+        return ".default." in detect(source).dialect.down
+    except FormatError:
+        return False
 
 
 def _controls(
@@ -163,7 +171,7 @@ def adapter_pairs(source: Source, alpha: float | None) -> dict[str, Pair]:
 def _refuse(source: Source, detected: Detected) -> None:
     if not detected.has_factors or source.incomplete:
         raise _not_comparable(source, detected.reason)
-    rest = [*detected.ledger.unknown, *detected.ledger.base] if detected.spelling is None else []
+    rest = [*detected.ledger.unknown, *detected.ledger.base] if not detected.dialect.holds_models else []
     if rest:
         raise _not_comparable(source, f"besides plain LoRA factors it holds {'; '.join(fold_names(rest)[:4])}")
 

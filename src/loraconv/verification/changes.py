@@ -148,7 +148,7 @@ def _refuse_other_spelling(one: _Opened, two: _Opened) -> None:
             "compare the merged bases: loraconv sat2diffusers RUN --what base -o OUT, for each",
         )
     read = [_detected(opened) for opened in (one, two)]
-    spelled = [None if d is None else bool(d.dialect.spelling) for d in read]
+    spelled = [None if d is None else d.dialect.holds_models for d in read]
     if None in spelled or spelled[0] == spelled[1]:
         return
     sat, factors = (one, two)[spelled.index(True)], all(d is not None and d.has_factors for d in read)

@@ -19,6 +19,11 @@ Tensors = Mapping[str, TensorRef]
 #: What ``load_lora_weights``, ``PeftModel.from_pretrained`` and SAT's ``load_checkpoint`` open. SAT's is in a folder
 #: that ``latest`` names.
 _ADAPTER_FILES = {
+    "comfyui": "comfyui_lora.safetensors",
+    "diffsynth": "diffsynth_lora.safetensors",
+    "kohya": "kohya_lora.safetensors",
+    "onetrainer": "onetrainer_lora.safetensors",
+    "videox-fun": "videox_fun_lora.safetensors",
     "diffusers": "pytorch_lora_weights.safetensors",
     "peft": "adapter_model.safetensors",
     "sat": "mp_rank_00_model_states.pt",
@@ -82,6 +87,8 @@ def check_written(kind: str, tensors: Tensors, metadata: Mapping[str, str], sett
     A consumer makes the modules that the configuration names, of the rank that it names, before it fills them; and
     diffusers passes over every key without the component's prefix.
     """
+    if kind not in ("diffusers", "peft", "sat"):
+        return
     if kind == "sat":
         ranks = {ref.shape[0] for name, ref in tensors.items() if ".matrix_A." in name}
         told = {sat_setting(settings, "r")}

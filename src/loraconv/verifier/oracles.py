@@ -18,6 +18,7 @@ import yaml
 from loraconv.errors import FormatError, ProofFailed
 from loraconv.lazy import TensorRef, read
 from loraconv.names import printable
+from loraconv.verifier import file_oracles
 from loraconv.verifier.numbers import Held, Pair, difference_norm, product_norm, values
 
 _SAT_FACTOR = re.compile(
@@ -155,16 +156,20 @@ def peft_pairs(
     return _peft_like(ranks[0], ("base_model.model.",), settings or {}, alpha)
 
 
+#: In memory the adapter's own name stands in the key; trainers that dump their state leave it there.
+_PEFT_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
+
+
 def _peft_like(
     tensors: Tensors, prefixes: tuple[str, ...], config: Mapping[str, Any], alpha: Fraction | None
 ) -> dict[str, Pair]:
     sides: dict[str, dict[str, TensorRef]] = {}
     for name, ref in tensors.items():
-        module, _, side = name.rpartition(".lora_")
-        if side not in ("A.weight", "B.weight"):
+        found = _PEFT_FACTOR.fullmatch(name)
+        if found is None:
             raise _not_covered(name)
-        prefix = next(p for p in prefixes if module.startswith(p))
-        sides.setdefault(module[len(prefix) :], {})[side[0]] = ref
+        prefix = next(p for p in prefixes if name.startswith(p))
+        sides.setdefault(found[1][len(prefix) :], {})[found[2]] = ref
     pairs = {}
     for module, both in sides.items():
         if len(both) < 2:
@@ -208,7 +213,21 @@ Oracle = Callable[
     dict[str, Pair],
 ]
 #: Format name -> what a checkpoint of it holds: (tensors of each rank, header, settings file, alpha of the user).
-ORACLES: dict[str, Oracle] = {"sat": sat_pairs, "diffusers": diffusers_pairs, "peft": peft_pairs}
+ORACLES: dict[str, Oracle] = {
+    "ai-toolkit": diffusers_pairs,
+    "comfyui": file_oracles.comfyui_pairs,
+    "diffsynth": file_oracles.diffsynth_pairs,
+    "diffusers": diffusers_pairs,
+    "diffusers-old": file_oracles.diffusers_old_pairs,
+    "diffusion-pipe": file_oracles.diffusion_pipe_pairs,
+    "finetrainers": diffusers_pairs,
+    "kohya": file_oracles.kohya_pairs,
+    "onetrainer": file_oracles.onetrainer_pairs,
+    "peft": peft_pairs,
+    "sat": sat_pairs,
+    "simpletuner": file_oracles.simpletuner_pairs,
+    "videox-fun": file_oracles.videox_fun_pairs,
+}
 _GROUP = "loraconv.oracles"
 
 

@@ -1,0 +1,31 @@
+"""The file with the model's original names that ComfyUI loads as it is.
+
+Facts: comfyanonymous/ComfyUI ``comfy/lora.py``, ``comfy/weight_adapter/lora.py``. ComfyUI asks for each weight's name
+in several spellings of the factors; alpha is a tensor beside them, and the rank without it. ``transformer.`` before
+original names is what diffusion-pipe writes for HunyuanVideo.
+"""
+
+from loraconv.rules import Dialect
+
+COMFYUI = Dialect(
+    name="comfyui",
+    title="ComfyUI LoRA file with the model's original names",
+    container="safetensors-file",
+    file="comfyui_lora.safetensors",
+    down="{module}.lora_A.weight",
+    up="{module}.lora_B.weight",
+    also=(
+        ("{module}.lora_down.weight", "{module}.lora_up.weight"),
+        ("{module}.lora_A.default.weight", "{module}.lora_B.default.weight"),
+        ("{module}.lora_A", "{module}.lora_B"),
+    ),
+    alpha="{module}.alpha",
+    prefixes=("diffusion_model.", "transformer."),
+    components={"transformer": "", "unet": ""},
+    spellings=("original", ""),
+    default_alpha="rank",
+    default_why="ComfyUI applies scale 1 (alpha = rank) where there is no alpha tensor",
+    carries=("any module", "a rank and an alpha for each module"),
+    cannot_carry=("alpha for diffusers, whose loaders of HunyuanVideo, LTX-Video and others do not read it",),
+    facts="comfyanonymous/ComfyUI comfy/lora.py, comfy/weight_adapter/lora.py",
+)

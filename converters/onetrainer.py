@@ -1,0 +1,24 @@
+"""The file of OneTrainer for transformers: kohya's, with diffusers' module names behind ``lora_transformer_``.
+
+Facts: Nerogar/OneTrainer ``modules/module/LoRAModule.py``, ``modules/modelSetup``. Its files for UNets are kohya's.
+"""
+
+from loraconv.rules import Dialect
+
+ONETRAINER = Dialect(
+    name="onetrainer",
+    title="OneTrainer LoRA file",
+    container="safetensors-file",
+    file="onetrainer_lora.safetensors",
+    down="{module}.lora_down.weight",
+    up="{module}.lora_up.weight",
+    alpha="{module}.alpha",
+    prefixes=("lora_{component}_",),
+    components={"transformer": "transformer"},
+    separator="_",
+    default_alpha="rank",
+    default_why="OneTrainer takes alpha = rank where there is no alpha tensor",
+    carries=("any module of the transformer", "a rank and an alpha for each module"),
+    cannot_carry=("rsLoRA as such: its square root is counted into alpha",),
+    facts="Nerogar/OneTrainer modules/module/LoRAModule.py",
+)

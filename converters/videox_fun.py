@@ -1,0 +1,25 @@
+"""The file of VideoX-Fun (CogVideoX-Fun): kohya's, with two underscores behind the prefix and diffusers' module names.
+
+Facts: aigc-apps/VideoX-Fun ``videox_fun/utils/lora_utils.py``. The root module has no name there, which is why one more
+underscore stands behind ``lora_unet``.
+"""
+
+from loraconv.rules import Dialect
+
+VIDEOX_FUN = Dialect(
+    name="videox-fun",
+    title="VideoX-Fun LoRA file",
+    container="safetensors-file",
+    file="videox_fun_lora.safetensors",
+    down="{module}.lora_down.weight",
+    up="{module}.lora_up.weight",
+    alpha="{module}.alpha",
+    prefixes=("lora_{component}__",),
+    components={"transformer": "unet"},
+    separator="_",
+    default_alpha="rank",
+    default_why="VideoX-Fun takes alpha = rank where there is no alpha tensor",
+    carries=("any module", "a rank and an alpha for each module"),
+    cannot_carry=("rsLoRA as such: its square root is counted into alpha",),
+    facts="aigc-apps/VideoX-Fun videox_fun/utils/lora_utils.py",
+)

@@ -1,0 +1,168 @@
+"""What adapter files with alpha tensors, flattened names or original names say, from the definitions of their formats.
+
+kohya (sd-scripts ``networks/lora.py``), ComfyUI (``comfy/weight_adapter/lora.py``), VideoX-Fun, DiffSynth,
+diffusion-pipe, OneTrainer: ``delta = alpha / rank * up @ down``, alpha being a tensor beside the pair, or the rank.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+from loraconv.errors import ProofFailed
+from loraconv.lazy import Joined, Lazy, TensorRef, number, read
+from loraconv.names import printable
+from loraconv.verifier.numbers import Pair
+from loraconv.verifier.original_names import Share, here
+
+Tensors = Mapping[str, TensorRef]
+
+_FACTOR = re.compile(r"(.+)\.lora_(?:(A|down)|(B|up))(?:\.default)?(?:\.weight)?")
+
+
+def kohya_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """kohya: ``alpha / lora_down.shape[0]``; alpha is the tensor, else ``ss_network_alpha``, else the rank."""
+    told = metadata.get("ss_network_alpha", "")
+    known = Fraction(told) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", told) else None
+    arguments = metadata.get("ss_network_args", "")
+    blocks = '"split_qkv": "true"' in arguments.lower()
+    return _pairs(ranks[0], ("lora_unet_",), alpha, known, original=True, alpha_of_block=blocks)
+
+
+def comfyui_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """ComfyUI: the alpha tensor divided by the rank; 1 without it."""
+    stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    return _pairs(ranks[0], ("diffusion_model.", "transformer."), alpha, None, original=True, stated=stated)
+
+
+def videox_fun_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """VideoX-Fun: kohya's rule; the names are those of diffusers' modules."""
+    return _pairs(ranks[0], ("lora_unet__",), alpha, None, original=False)
+
+
+def onetrainer_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """OneTrainer: kohya's rule; the names are those of diffusers' modules."""
+    return _pairs(ranks[0], ("lora_transformer_",), alpha, None, original=False)
+
+
+def diffsynth_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """DiffSynth: scale 1; no prefix."""
+    return _pairs(ranks[0], ("",), alpha, None, original=True)
+
+
+def diffusion_pipe_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """diffusion-pipe: ComfyUI's keys; alpha is that of ``adapter_config.json``, else the rank."""
+    told = (settings or {}).get("lora_alpha")
+    known = None if told is None else Fraction(told)
+    return _pairs(ranks[0], ("diffusion_model.", "transformer."), alpha, known, original=True)
+
+
+def simpletuner_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """SimpleTuner: scale 1; both prefixes."""
+    return _pairs(ranks[0], ("transformer.base_model.model.",), alpha, None, original=False)
+
+
+def diffusers_old_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """diffusers before peft: scale 1; ``attn1.processor.to_out_lora`` is the LoRA of ``attn1.to_out.0``."""
+    renamed = {}
+    for name, ref in ranks[0].items():
+        module = re.sub(r"(\.lora_linear_layer|\.lora|_lora)\.(down|up)\.weight$", r".lora_\2.weight", name)
+        module = re.sub(r"\.processor\.to_out\.", ".to_out.0.", module).replace(".processor.", ".")
+        module = re.sub(r"(?<=\.self_attn\.)to_(q|k|v|out)\.", r"\1_proj.", module)
+        renamed[module] = ref
+    return _pairs(renamed, ("transformer.", ""), alpha, None, original=False)
+
+
+def _pairs(
+    tensors: Tensors,
+    prefixes: tuple[str, ...],
+    user: Fraction | None,
+    known: Fraction | None,
+    *,
+    original: bool,
+    alpha_of_block: bool = False,
+    stated: Mapping[str, Any] | None = None,
+) -> dict[str, Pair]:
+    """``user``: the caller's alpha; ``known``: that of the file where a pair has no alpha tensor."""
+    sides: dict[str, dict[str, TensorRef]] = {}
+    for name, ref in tensors.items():
+        factor = _FACTOR.fullmatch(name)
+        if factor is not None:
+            sides.setdefault(factor[1], {})["down" if factor[2] else "up"] = ref
+        elif name.endswith(".alpha"):
+            sides.setdefault(name[: -len(".alpha")], {})["alpha"] = ref
+        else:
+            raise _not_covered(name)
+    begin = next((p for p in prefixes if all(module.startswith(p) for module in sides)), None)
+    broken = [module for module, found in sides.items() if not {"down", "up"} <= set(found)]
+    if begin is None or broken:
+        raise _not_covered(broken[0] if broken else next(iter(sides)))
+    shares = here([module[len(begin) :] for module in sides], original=original)
+    pairs: dict[str, Pair] = {}
+    for found, parts in zip(sides.values(), shares, strict=True):
+        told = user if user is not None else _alpha(found.get("alpha"), known, found["down"].shape[0])
+        pairs |= dict(_split(found["down"], found["up"], told, parts, alpha_of_block))
+    return pairs
+
+
+def _alpha(tensor: TensorRef | None, known: Fraction | None, rank: int) -> Fraction:
+    if tensor is not None:
+        return Fraction(number(tensor))
+    return Fraction(rank) if known is None else known
+
+
+def _split(
+    down: TensorRef, up: TensorRef, alpha: Fraction, parts: list[Share], alpha_of_block: bool
+) -> Iterator[tuple[str, Pair]]:
+    """One pair of factors as the pairs of the diffusers modules whose rows it has."""
+    parts = [share.sized(up.shape[0], down.shape[1]) for share in parts]
+    rank, height = down.shape[0], up.shape[0] // parts[0].of
+    width = _diagonal(up, parts, height, rank)
+    for at, share in enumerate(parts):
+        first, last = (at * width, (at + 1) * width) if width else (0, rank)
+        if width and not read(down.rows(first, last)).any() and not read(up.columns(first, last)).any():
+            continue
+        height = up.shape[0] // share.of
+        rows: list[Lazy] = [up.rows(n * height, (n + 1) * height).columns(first, last) for n in share.chunks]
+        scale = alpha / width if width and alpha_of_block else alpha / rank
+        yield share.module, Pair(down.rows(first, last), rows[0] if len(rows) == 1 else Joined(tuple(rows), 0), scale)
+
+
+def _diagonal(up: TensorRef, parts: list[Share], height: int, rank: int) -> int:
+    """The rank of one block, where every part has rows that are zero outside of its own columns; else 0."""
+    if len(parts) == 1 or rank % len(parts):
+        return 0
+    width, matrix, filled = rank // len(parts), read(up), 0
+    for at, share in enumerate(parts):
+        rows = matrix[[r for n in share.chunks for r in range(n * height, (n + 1) * height)]]
+        own = rows[:, at * width : (at + 1) * width]
+        if abs(rows).sum() != abs(own).sum():
+            return 0
+        filled += bool(own.any())
+    return width if filled > 1 else 0
+
+
+def _not_covered(name: str) -> ProofFailed:
+    return ProofFailed(
+        f"the source holds a tensor that the proof does not cover: {printable(name)}",
+        hint="please report this, with the output of loraconv inspect on the source",
+    )

@@ -1,0 +1,57 @@
+"""Every dialect into every other, for every model, against deltas computed from the formats' definitions."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+import loraconv
+from loraconv.errors import FormatError
+from tests.dialect_files import FORMATS, MODELS, READ_ONLY, deltas, write
+
+WRITABLE = [name for name in FORMATS if name not in READ_ONLY]
+PAIRS = [(model, a, b) for model in MODELS for a, b in product(FORMATS, WRITABLE)]
+#: Two models stand for the rest in the default run: one without names of its own, one with everything fused.
+SHORT = ("cogvideox", "flux")
+
+
+def same_deltas(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    """Equal within float64: every scale here is a power of two, which no dtype rounds."""
+    assert sorted(got) == sorted(want)
+    for module, delta in want.items():
+        torch.testing.assert_close(got[module], delta, rtol=1e-12, atol=1e-12, msg=module)
+
+
+def marked(model: str, source: str, target: str) -> object:
+    marks = () if model in SHORT else (pytest.mark.slow,)
+    return pytest.param(model, source, target, marks=marks, id=f"{model}-{source}-{target}")
+
+
+@pytest.mark.parametrize(("model", "source", "target"), [marked(*pair) for pair in PAIRS])
+def test_a_delta_is_the_same_in_every_dialect(model: str, source: str, target: str, tmp_path: Path) -> None:
+    want = write(FORMATS[source], model, tmp_path / "in")
+    result = loraconv.convert(tmp_path / "in", out=tmp_path / "out", to=target, family=model)
+    same_deltas(deltas(FORMATS[target], model, tmp_path / "out"), want)
+    assert [proof.passed for proof in result.proofs] == [True]
+    assert len(result.proofs[0].controls) == 8
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_dialect_is_told_from_every_other(name: str, model: str, tmp_path: Path) -> None:
+    write(FORMATS[name], model, tmp_path / "in")
+    summary = loraconv.inspect(tmp_path / "in")
+    assert summary.dialect == name
+    assert not summary.problem
+
+
+@pytest.mark.parametrize("target", sorted(READ_ONLY))
+def test_a_dialect_that_is_only_read_is_not_written(target: str, tmp_path: Path) -> None:
+    write(FORMATS["kohya"], "cogvideox", tmp_path / "in")
+    with pytest.raises(FormatError) as caught:
+        loraconv.convert(tmp_path / "in", out=tmp_path / "out", to=target, family="cogvideox")
+    assert caught.value.slug == "read-only"
+    assert "use --to " in caught.value.why or "with --to diffusers" in caught.value.why
