@@ -42,6 +42,12 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return sorted(one) == sorted(other) and all(torch.equal(one[n], other[n]) for n in one)
 
 
+def frozen(made: loop.Session, module: str) -> torch.Tensor:
+    """The weight of an adapted layer itself."""
+    weight: torch.Tensor = made.base.transformer.get_submodule(module).base_layer.weight
+    return weight
+
+
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """The greatest relative distance of two tensors."""
     return max(float((one[n] - other[n]).norm() / one[n].norm()) for n in one if one[n].any())
@@ -155,7 +161,7 @@ def test_the_log_has_norms_and_the_size_of_the_adapter_beside_its_weights() -> N
         for m in made.trainees.modules:
             if m.module.startswith(f"transformer_blocks.{block}."):
                 deltas += float((0.5 * (m.up.detach().double() @ m.down.detach().double())).square().sum())
-                weight += float(m.weight.double().square().sum())
+                weight += float(frozen(made, m.module).double().square().sum())
         assert row["delta_ratio"][f"transformer_blocks.{block}"] == pytest.approx(math.sqrt(deltas / weight), rel=1e-5)
     assert set(delta_ratios(made.trainees.modules)) == {"transformer_blocks.0", "transformer_blocks.1"}
 
@@ -249,7 +255,7 @@ def test_a_bad_loss_names_the_sample_and_the_first_module() -> None:
 def test_the_first_bad_module_is_named_without_the_adapters_own_names() -> None:
     made = session(short(steps=1, safety=SafetySettings(nonfinite="stop")))
     with torch.no_grad():
-        made.trainees.modules[0].weight[0, 0] = math.nan
+        frozen(made, made.trainees.modules[0].module)[0, 0] = math.nan
     with pytest.raises(TrainingStopped) as error:
         loop.run(made)
     assert "first in transformer_blocks.0.attn1.to_q" in error.value.where
