@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from loraconv.trainer.page import page
 from loraconv.trainer.run import _session
 from loraconv.trainer.settings import LogSettings, tiny_settings
 from loraconv.trainer.world import World
-from tests.cli_support import Cli
+from tests.cli_support import Cli, launch
 from tests.train_support import VARIANTS, contents, rows, short
 
 pytest_plugins = ["tests.cli_fixtures", "tests.train_fixtures"]
@@ -206,18 +207,21 @@ class Writer:
         self.said: list[Any] = []
 
     def init(self, **given: Any) -> None:
-        self.said.append(("init", given["project"], given["config"]["steps"]))
+        print("initialized")
+        self.said.append(("init", given["project"], given["config"]["steps"], given.get("dir")))
 
     def log(self, numbers: dict[str, float], step: int) -> None:
+        print("logged")
         self.said.append((step, numbers))
 
     def finish(self) -> None:
+        print("finished")
         self.said.append("finish")
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
 def test_a_hosted_tracker_gets_every_number_under_a_flat_name(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     writer = Writer()
     monkeypatch.setitem(sys.modules, name, writer)
@@ -225,7 +229,22 @@ def test_a_hosted_tracker_gets_every_number_under_a_flat_name(
     log = tracking.Log(tmp_path, short(log=LogSettings(tracker=name, project="p")), None)
     log({"step": 3, "loss": 0.5, "where": "x", "delta_ratio": {"transformer_blocks.0": 0.1}})
     log.close()
-    assert writer.said == [("init", "p", 6), (3, {"loss": 0.5, "delta_ratio/transformer_blocks.0": 0.1}), "finish"]
+    where = str(tmp_path) if name == "wandb" else None
+    numbers = {"loss": 0.5, "delta_ratio/transformer_blocks.0": 0.1}
+    assert writer.said == [("init", "p", 6, where), (3, numbers), "finish"]
+    assert capsys.readouterr().out == "", "stdout is for the result"
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_the_tracker_itself_takes_a_run(name: str, tmp_path: Path) -> None:
+    pytest.importorskip(name, reason=f"{name} is not installed: only its stand-in was tested")
+    (tmp_path / "run.toml").write_text(QUICK.replace("[log]", f"[log]\ntracker = '{name}'"))
+    env = {**os.environ, "HOME": str(tmp_path), "WANDB_MODE": "offline"}
+    words = ["train", "--config", tmp_path / "run.toml", "--tiny", "2b", "-o", tmp_path / "run", "--json"]
+    done = launch(words, env=env)
+    assert json.loads(done.stdout)["steps"] == 4
+    files = [p for p in tmp_path.rglob("*") if p.is_file() and re.search(r"tfevents|\.wandb$|loraconv\.db$", p.name)]
+    assert files, "the tracker wrote nothing"
 
 
 def test_tensorboard_is_used_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
