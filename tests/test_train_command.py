@@ -74,12 +74,12 @@ def test_the_settings_for_tiny_models_learn_the_moving_shapes(variant: str, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_whole_tiny_run_takes_less_than_a_minute_and_a_quarter_off_the_loss(variant: str, tmp_path: Path) -> None:
+def test_a_whole_tiny_run_takes_less_than_a_minute_and_learns_to_its_end(variant: str, tmp_path: Path) -> None:
     started = time.monotonic()
-    result = loraconv.train(out=tmp_path / "run", tiny=variant)
+    loraconv.train(out=tmp_path / "run", tiny=variant)
     assert time.monotonic() - started < 60
-    assert result.held_out is not None
-    assert result.held_out < 3 / 4 * untrained(variant)
+    curve = [row["held_out_loss"] for row in rows(tmp_path / "run") if "held_out_loss" in row]
+    assert curve[-1] < curve[0] < untrained(variant)
 
 
 def test_the_command_says_what_it_made_and_the_next_one_works(cli: Cli, config: Path, tmp_path: Path) -> None:

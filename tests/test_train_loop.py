@@ -60,6 +60,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
     steps = []
     for size, accumulate in ((4, 1), (2, 2), (1, 4)):
         made = session(short(steps=1, batch=BatchSettings(size=size, accumulate=accumulate)))
+        made.base.transformer.double()
         gradients = {}
 
         def keep(_: Any, made: loop.Session = made, gradients: dict[str, torch.Tensor] = gradients) -> None:
@@ -69,9 +70,9 @@ def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
         (row,) = logged(made)
         steps.append((row["loss"], gradients))
     for loss, gradients in steps[1:]:
-        assert loss == pytest.approx(steps[0][0], rel=1e-6)
-        # float32: the same sums in another order.
-        assert apart(steps[0][1], gradients) < 1e-5
+        # The model computes in float64 here; only its output is rounded to float32, and so is the loss.
+        assert loss == pytest.approx(steps[0][0], rel=2.0**-22)
+        assert apart(steps[0][1], gradients) < 2.0**-22
 
 
 @pytest.mark.parametrize("clip", [1e-4, 1e4])
@@ -143,11 +144,17 @@ def test_dropout_is_at_work_in_training_and_off_in_validation() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("kind", [short, full])
-def test_sixteen_bits_train_to_nearly_the_same_loss(precision: str, kind: Any) -> None:
-    settings = kind(steps=8, optimizer=OptimizerSettings(rate=1e-3))
+def test_sixteen_bits_learn_what_fp32_learns(precision: str, kind: Any) -> None:
+    settings = kind(steps=8, optimizer=OptimizerSettings(rate=1e-2))
     plain, narrow = session(settings), session(replace(settings, model=ModelSettings(tiny="2b", precision=precision)))
-    one, other = logged(plain)[-1]["loss"], logged(narrow)[-1]["loss"]
-    assert other == pytest.approx(one, rel=2e-2)
+    start = weights(plain)
+    loop.run(plain)
+    loop.run(narrow)
+    moved, rough = ({n: w - start[n] for n, w in weights(s).items()} for s in (plain, narrow))
+    along = sum(float((moved[n] * rough[n]).sum()) for n in moved)
+    sizes = [math.sqrt(sum(float(w.square().sum()) for w in m.values())) for m in (moved, rough)]
+    # In thousands of dimensions, directions that have nothing to do with each other are at right angles.
+    assert along / (sizes[0] * sizes[1]) > 0.5
     assert not same(weights(plain), weights(narrow))
 
 

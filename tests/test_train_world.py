@@ -72,10 +72,7 @@ def train(out: Path, kind: str, variant: str, launcher: str = "", *, resume: boo
     config = out.with_suffix(".toml")
     config.write_text(CONFIG.format(kind=kind, variant=variant, accumulate=1 if launcher else 2))
     words = ["train", "--config", str(config), "-o", str(out), *["--resume"] * resume]
-    if launcher:
-        done = accelerate(launcher, ["-m", "loraconv", *words], out.parent)
-    else:
-        done = launch(words, env=QUIET)
+    done = accelerate(launcher, ["-m", "loraconv", *words], out.parent) if launcher else launch(words, env=QUIET)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("report ") == 1, "the first process alone reports"
 
