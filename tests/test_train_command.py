@@ -145,6 +145,23 @@ def test_wrong_words_are_usage_errors(cli: Cli, tmp_path: Path, words: list[str]
     assert text in done.err
 
 
+def test_a_file_in_the_place_of_the_folder_is_said(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    done = cli("train", "--tiny", "2b", "--steps", "1", "-o", tmp_path / "run")
+    assert (done.code, "is not a folder" in done.err) == (2, True)
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_missing_video_is_named_with_its_row(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("video,prompt\nnowhere.mp4,a red square\n")
+    (tmp_path / "run.toml").write_text(f"[data]\nkind = 'csv'\npath = '{tmp_path / 'list.csv'}'\n")
+    done = cli("train", "--config", tmp_path / "run.toml", "--tiny", "2b", "-o", tmp_path / "run")
+    assert done.code == 2
+    assert "nowhere.mp4" in done.err
+    assert "list.csv line 2" in done.err
+    assert "hint: loraconv check-data" in done.err
+
+
 def test_a_stopped_run_exits_with_5_and_leaves_its_report(
     cli: Cli, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -195,11 +196,16 @@ def test_a_run_that_no_longer_improves_is_stopped() -> None:
     assert (said[-1]["step"], made.progress.best_step) == (3, 1)
 
 
-def test_an_infinite_held_out_loss_is_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = session(short(steps=2, validation=ValidationSettings(every=1)))
-    monkeypatch.setattr(loop, "held_out_loss", lambda _: math.nan)
-    loop.run(made)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_held_out_loss_that_is_not_finite_is_never_the_best_and_is_said(
+    monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    made = session(short(steps=3, validation=ValidationSettings(every=1), log=LogSettings(every=100)))
+    monkeypatch.setattr(loop, "held_out_loss", lambda _: value)
+    said = logged(made)
     assert (made.progress.best, made.progress.best_step) == (None, None)
+    assert [row["step"] for row in said if "held_out_fault" in row] == [1, 2, 3]
+    json.dumps(said, allow_nan=False)
 
 
 # --- numbers that are not finite --------------------------------------------------------------------------------------

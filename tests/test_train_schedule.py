@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from loraconv.errors import UsageError
 from loraconv.trainer import loop
 from loraconv.trainer.schedule import make_optimizer, set_rates, share, warnings
 from loraconv.trainer.settings import LoraSettings, OptimizerSettings, ScheduleSettings
@@ -65,6 +66,11 @@ def test_a_full_fine_tune_has_one_rate_and_those_of_its_patterns() -> None:
     made = session(full(optimizer=OptimizerSettings(rate=1.0, up=9.0, rates={"patch_embed.*": 0.5})))
     optimizer = make_optimizer(made.trainees, made.settings.optimizer)
     assert sorted(group["full_rate"] for group in optimizer.param_groups) == [0.5, 1.0]
+
+
+def test_a_rate_for_a_module_that_is_not_trained_is_an_error() -> None:
+    with pytest.raises(UsageError, match="rates matches nothing"):
+        session(short(optimizer=OptimizerSettings(rates={"ff.*": 1e-3})))
 
 
 # --- the range that trains --------------------------------------------------------------------------------------------

@@ -80,9 +80,12 @@ def prepare(transformer: Any, settings: Settings, world: World | None = None) ->
     transformer.requires_grad_(False)
     if settings.kind == "full":
         shard(transformer, world, ())
-        return _weights(transformer, settings.frozen)
-    trainees = _adapter(transformer, settings.lora, settings.seed)
-    shard(transformer, world, [t.parameter for t in trainees.parameters])
+        trainees = _weights(transformer, settings.frozen)
+    else:
+        trainees = _adapter(transformer, settings.lora, settings.seed)
+        shard(transformer, world, [t.parameter for t in trainees.parameters])
+    for pattern in settings.optimizer.rates:
+        _refuse_unmatched("rates", pattern, [t.module for t in trainees.parameters])
     return trainees
 
 
@@ -185,5 +188,6 @@ def _refuse_unmatched(section: str, pattern: str, names: list[str]) -> None:
         raise UsageError(
             f"the pattern {printable(pattern)} of {section} matches nothing in the model",
             why=f"there are {', '.join(inside[:12])}",
+            hint="take one of these names; * stands for any characters",
             slug="setting",
         )

@@ -165,7 +165,11 @@ def _delete_old(run: RunFolder, session: Session) -> None:
 
 
 def refuse_used(run: RunFolder) -> None:
-    """Raise :class:`UsageError` if there is a run in the folder already."""
+    """Raise :class:`UsageError` if there is a run in the folder already, or if it is none."""
+    if run.path.exists() and not run.path.is_dir():
+        raise UsageError(
+            f"{printable(str(run.path))} is not a folder", hint=f"ls -ld {quoted(run.path)}", slug="not-a-folder"
+        )
     if run.steps():
         raise UsageError(
             f"there is a run in {printable(str(run.path))} already",

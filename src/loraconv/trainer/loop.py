@@ -89,7 +89,7 @@ def run(session: Session) -> None:
         progress.step += 1
         better = _validate(session, row)
         last = progress.step == settings.steps or progress.stopped
-        if progress.step % settings.log.every == 0 or last or "held_out_loss" in row:
+        if progress.step % settings.log.every == 0 or last or row.keys() & {"held_out_loss", "held_out_fault"}:
             row |= measures.of(session.trainees, session.world) | {"seconds": round(time.monotonic() - started, 4)}
             session.log(row)
         if better or last or progress.step % settings.checkpoints.every == 0:
@@ -252,8 +252,9 @@ def _validate(session: Session, row: Row) -> bool:
     except Fault as fault:
         row["held_out_fault"] = str(fault)
         return False
-    row["held_out_loss"] = loss
-    better = math.isfinite(loss) and (progress.best is None or loss < progress.best - how.improvement)
+    sound = math.isfinite(loss)
+    row |= {"held_out_loss": loss} if sound else {"held_out_fault": "NaN or Inf in the loss"}
+    better = sound and (progress.best is None or loss < progress.best - how.improvement)
     if better:
         progress.best, progress.best_step, progress.worse = loss, progress.step, 0
     else:
