@@ -297,6 +297,13 @@ def test_a_bad_gradient_names_its_parameter_and_is_skipped() -> None:
     assert all(bool(torch.isfinite(w).all()) for w in weights(made).values())
 
 
+def test_a_norm_that_overflows_though_no_gradient_does_is_a_fault() -> None:
+    made = session(short(steps=1))
+    made.trainees.modules[3].up.register_hook(lambda gradient: torch.full_like(gradient, 1e30))
+    (fault, _) = logged(made)
+    assert (fault["fault"], fault["where"]) == ("gradient", "the norm of all together is too large for float32")
+
+
 def test_too_many_faults_end_the_run_and_say_how_many() -> None:
     made = session(
         short(steps=9, safety=SafetySettings(limit=2)), spoil=lambda _, s: replace(s, latents=s.latents * math.nan)

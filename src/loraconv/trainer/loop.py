@@ -180,10 +180,12 @@ def _agreed(world: World, work: Callable[[], Done]) -> Done:
     try:
         result = work()
     except Fault as found:
-        fault = (found.kind, found.where) if found.where else None
-    said = world.first_said(fault)
+        fault = found
+    said = world.first_said((fault.kind, fault.where) if fault and fault.where else None)
     if said is not None:
         raise Fault(*said)
+    if fault is not None:
+        raise fault
     return cast(Done, result)
 
 
@@ -194,7 +196,7 @@ def _in_step(world: World, work: Callable[[], Done]) -> Done:
 
 def _fault(world: World, kind: Kind, where: str) -> Fault:
     """The same fault on every process; of shares, not every process has the bad one."""
-    return Fault(kind, world.first_said(where or None))
+    return Fault(kind, world.first_said(where or None) or "the norm of all together is too large for float32")
 
 
 def _handle(session: Session, fault: Fault) -> None:
