@@ -169,7 +169,7 @@ def spoiled_main() -> None:
     from tests.test_train_loop import spoiled
     from tests.train_support import opener
 
-    run.open_dataset = opener(6, spoiled(float("nan")))
+    run.open_dataset = opener(8, spoiled(float("nan")))  # every sample once in a run
     sys.exit(main())
 
 
