@@ -59,7 +59,7 @@ def ours(made: loop.Session) -> float:
     started = time.process_time()
     for step in range(STEPS):
         row = loop.train_step(made, step)
-    row |= measures.of(made.trainees)
+    row |= measures.of(made.trainees, made.world)
     return time.process_time() - started
 
 

@@ -127,6 +127,29 @@ def test_latents_are_scaled_and_padded_as_the_pipelines_do(
     assert torch.allclose(found.image, image[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("inverted", [False, True])
+def test_the_image_gets_its_noise_before_it_is_encoded(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inverted: bool
+) -> None:
+    vae = Calm.from_pretrained(pipeline / "vae", invert_scale_latents=inverted)
+    monkeypatch.setattr(PipelineEncoder, "_load_vae", lambda self: vae)
+    sample = _sample(pipeline, tmp_path, frames=9)
+    assert sample.noised is not None
+    got = sample.noised(torch.tensor(0.5), torch.Generator().manual_seed(3))
+    values = torch.from_numpy(PIXELS[:1]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    noisy = values + 0.5 * torch.randn(values.shape, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        want = vae.encode(noisy).latent_dist.mean[0, :, 0]
+    assert torch.equal(got, want / 0.7 if inverted else want * 0.7)
+    assert sample.image is not None
+    assert not torch.equal(got, sample.image[0])
+    assert torch.equal(sample.noised(torch.tensor(0.0), torch.Generator()), sample.image[0])
+
+
+def test_without_an_image_there_is_nothing_to_put_noise_on(pipeline: Path, tmp_path: Path) -> None:
+    assert _sample(pipeline, tmp_path, replace(NEEDS, image=False)).noised is None
+
+
 def test_latents_are_drawn_and_the_same_again(pipeline: Path, tmp_path: Path) -> None:
     one = _sample(pipeline, tmp_path).latents
     shutil.rmtree(tmp_path / "cache")

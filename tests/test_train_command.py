@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from loraconv.trainer.page import page
 from loraconv.trainer.run import _session
 from loraconv.trainer.settings import LogSettings, tiny_settings
 from loraconv.trainer.world import World
-from tests.cli_support import Cli
+from tests.cli_support import Cli, launch
 from tests.train_support import VARIANTS, contents, rows, short
 
 pytest_plugins = ["tests.cli_fixtures", "tests.train_fixtures"]
@@ -73,12 +74,12 @@ def test_the_settings_for_tiny_models_learn_the_moving_shapes(variant: str, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_whole_tiny_run_takes_less_than_a_minute_and_a_quarter_off_the_loss(variant: str, tmp_path: Path) -> None:
+def test_a_whole_tiny_run_takes_less_than_a_minute_and_learns_to_its_end(variant: str, tmp_path: Path) -> None:
     started = time.monotonic()
-    result = loraconv.train(out=tmp_path / "run", tiny=variant)
+    loraconv.train(out=tmp_path / "run", tiny=variant)
     assert time.monotonic() - started < 60
-    assert result.held_out is not None
-    assert result.held_out < 3 / 4 * untrained(variant)
+    curve = [row["held_out_loss"] for row in rows(tmp_path / "run") if "held_out_loss" in row]
+    assert curve[-1] < curve[0] < untrained(variant)
 
 
 def test_the_command_says_what_it_made_and_the_next_one_works(cli: Cli, config: Path, tmp_path: Path) -> None:
@@ -144,6 +145,23 @@ def test_wrong_words_are_usage_errors(cli: Cli, tmp_path: Path, words: list[str]
     assert text in done.err
 
 
+def test_a_file_in_the_place_of_the_folder_is_said(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    done = cli("train", "--tiny", "2b", "--steps", "1", "-o", tmp_path / "run")
+    assert (done.code, "is not a folder" in done.err) == (2, True)
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_missing_video_is_named_with_its_row(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("video,prompt\nnowhere.mp4,a red square\n")
+    (tmp_path / "run.toml").write_text(f"[data]\nkind = 'csv'\npath = '{tmp_path / 'list.csv'}'\n")
+    done = cli("train", "--config", tmp_path / "run.toml", "--tiny", "2b", "-o", tmp_path / "run")
+    assert done.code == 2
+    assert "nowhere.mp4" in done.err
+    assert "list.csv line 2" in done.err
+    assert "hint: loraconv check-data" in done.err
+
+
 def test_a_stopped_run_exits_with_5_and_leaves_its_report(
     cli: Cli, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,18 +224,21 @@ class Writer:
         self.said: list[Any] = []
 
     def init(self, **given: Any) -> None:
-        self.said.append(("init", given["project"], given["config"]["steps"]))
+        print("initialized")
+        self.said.append(("init", given["project"], given["config"]["steps"], given.get("dir")))
 
     def log(self, numbers: dict[str, float], step: int) -> None:
+        print("logged")
         self.said.append((step, numbers))
 
     def finish(self) -> None:
+        print("finished")
         self.said.append("finish")
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
 def test_a_hosted_tracker_gets_every_number_under_a_flat_name(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     writer = Writer()
     monkeypatch.setitem(sys.modules, name, writer)
@@ -225,7 +246,22 @@ def test_a_hosted_tracker_gets_every_number_under_a_flat_name(
     log = tracking.Log(tmp_path, short(log=LogSettings(tracker=name, project="p")), None)
     log({"step": 3, "loss": 0.5, "where": "x", "delta_ratio": {"transformer_blocks.0": 0.1}})
     log.close()
-    assert writer.said == [("init", "p", 6), (3, {"loss": 0.5, "delta_ratio/transformer_blocks.0": 0.1}), "finish"]
+    where = str(tmp_path) if name == "wandb" else None
+    numbers = {"loss": 0.5, "delta_ratio/transformer_blocks.0": 0.1}
+    assert writer.said == [("init", "p", 6, where), (3, numbers), "finish"]
+    assert capsys.readouterr().out == "", "stdout is for the result"
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_the_tracker_itself_takes_a_run(name: str, tmp_path: Path) -> None:
+    pytest.importorskip(name, reason=f"{name} is not installed: only its stand-in was tested")
+    (tmp_path / "run.toml").write_text(QUICK.replace("[log]", f"[log]\ntracker = '{name}'"))
+    env = {**os.environ, "HOME": str(tmp_path), "WANDB_MODE": "offline"}
+    words = ["train", "--config", tmp_path / "run.toml", "--tiny", "2b", "-o", tmp_path / "run", "--json"]
+    done = launch(words, env=env)
+    assert json.loads(done.stdout)["steps"] == 4
+    files = [p for p in tmp_path.rglob("*") if p.is_file() and re.search(r"tfevents|\.wandb$|loraconv\.db$", p.name)]
+    assert files, "the tracker wrote nothing"
 
 
 def test_tensorboard_is_used_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,12 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return sorted(one) == sorted(other) and all(torch.equal(one[n], other[n]) for n in one)
 
 
+def frozen(made: loop.Session, module: str) -> torch.Tensor:
+    """The weight of an adapted layer itself."""
+    weight: torch.Tensor = made.base.transformer.get_submodule(module).base_layer.weight
+    return weight
+
+
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """The greatest relative distance of two tensors."""
     return max(float((one[n] - other[n]).norm() / one[n].norm()) for n in one if one[n].any())
@@ -54,6 +61,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
     steps = []
     for size, accumulate in ((4, 1), (2, 2), (1, 4)):
         made = session(short(steps=1, batch=BatchSettings(size=size, accumulate=accumulate)))
+        made.base.transformer.double()
         gradients = {}
 
         def keep(_: Any, made: loop.Session = made, gradients: dict[str, torch.Tensor] = gradients) -> None:
@@ -63,9 +71,9 @@ def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
         (row,) = logged(made)
         steps.append((row["loss"], gradients))
     for loss, gradients in steps[1:]:
-        assert loss == pytest.approx(steps[0][0], rel=1e-6)
-        # float32: the same sums in another order.
-        assert apart(steps[0][1], gradients) < 1e-5
+        # The model computes in float64 here; only its output is rounded to float32, and so is the loss.
+        assert loss == pytest.approx(steps[0][0], rel=2.0**-22)
+        assert apart(steps[0][1], gradients) < 2.0**-22
 
 
 @pytest.mark.parametrize("clip", [1e-4, 1e4])
@@ -137,11 +145,17 @@ def test_dropout_is_at_work_in_training_and_off_in_validation() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("kind", [short, full])
-def test_sixteen_bits_train_to_nearly_the_same_loss(precision: str, kind: Any) -> None:
-    settings = kind(steps=8, optimizer=OptimizerSettings(rate=1e-3))
+def test_sixteen_bits_learn_what_fp32_learns(precision: str, kind: Any) -> None:
+    settings = kind(steps=8, optimizer=OptimizerSettings(rate=1e-2))
     plain, narrow = session(settings), session(replace(settings, model=ModelSettings(tiny="2b", precision=precision)))
-    one, other = logged(plain)[-1]["loss"], logged(narrow)[-1]["loss"]
-    assert other == pytest.approx(one, rel=2e-2)
+    start = weights(plain)
+    loop.run(plain)
+    loop.run(narrow)
+    moved, rough = ({n: w - start[n] for n, w in weights(s).items()} for s in (plain, narrow))
+    along = sum(float((moved[n] * rough[n]).sum()) for n in moved)
+    sizes = [math.sqrt(sum(float(w.square().sum()) for w in m.values())) for m in (moved, rough)]
+    # In thousands of dimensions, directions that have nothing to do with each other are at right angles.
+    assert along / (sizes[0] * sizes[1]) > 0.5
     assert not same(weights(plain), weights(narrow))
 
 
@@ -155,7 +169,7 @@ def test_the_log_has_norms_and_the_size_of_the_adapter_beside_its_weights() -> N
         for m in made.trainees.modules:
             if m.module.startswith(f"transformer_blocks.{block}."):
                 deltas += float((0.5 * (m.up.detach().double() @ m.down.detach().double())).square().sum())
-                weight += float(m.weight.double().square().sum())
+                weight += float(frozen(made, m.module).double().square().sum())
         assert row["delta_ratio"][f"transformer_blocks.{block}"] == pytest.approx(math.sqrt(deltas / weight), rel=1e-5)
     assert set(delta_ratios(made.trainees.modules)) == {"transformer_blocks.0", "transformer_blocks.1"}
 
@@ -182,11 +196,16 @@ def test_a_run_that_no_longer_improves_is_stopped() -> None:
     assert (said[-1]["step"], made.progress.best_step) == (3, 1)
 
 
-def test_an_infinite_held_out_loss_is_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = session(short(steps=2, validation=ValidationSettings(every=1)))
-    monkeypatch.setattr(loop, "held_out_loss", lambda _: math.nan)
-    loop.run(made)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_held_out_loss_that_is_not_finite_is_never_the_best_and_is_said(
+    monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    made = session(short(steps=3, validation=ValidationSettings(every=1), log=LogSettings(every=100)))
+    monkeypatch.setattr(loop, "held_out_loss", lambda _: value)
+    said = logged(made)
     assert (made.progress.best, made.progress.best_step) == (None, None)
+    assert [row["step"] for row in said if "held_out_fault" in row] == [1, 2, 3]
+    json.dumps(said, allow_nan=False)
 
 
 # --- numbers that are not finite --------------------------------------------------------------------------------------
@@ -249,7 +268,7 @@ def test_a_bad_loss_names_the_sample_and_the_first_module() -> None:
 def test_the_first_bad_module_is_named_without_the_adapters_own_names() -> None:
     made = session(short(steps=1, safety=SafetySettings(nonfinite="stop")))
     with torch.no_grad():
-        made.trainees.modules[0].weight[0, 0] = math.nan
+        frozen(made, made.trainees.modules[0].module)[0, 0] = math.nan
     with pytest.raises(TrainingStopped) as error:
         loop.run(made)
     assert "first in transformer_blocks.0.attn1.to_q" in error.value.where
@@ -276,6 +295,13 @@ def test_a_bad_gradient_names_its_parameter_and_is_skipped() -> None:
     assert (fault["fault"], fault["step"]) == ("gradient", 2)
     assert fault["where"] == f"{made.trainees.modules[3].module}.lora_A.weight"
     assert all(bool(torch.isfinite(w).all()) for w in weights(made).values())
+
+
+def test_a_norm_that_overflows_though_no_gradient_does_is_a_fault() -> None:
+    made = session(short(steps=1))
+    made.trainees.modules[3].up.register_hook(lambda gradient: torch.full_like(gradient, 1e30))
+    (fault, _) = logged(made)
+    assert (fault["fault"], fault["where"]) == ("gradient", "the norm of all together is too large for float32")
 
 
 def test_too_many_faults_end_the_run_and_say_how_many() -> None:

@@ -187,6 +187,30 @@ def test_noise_on_the_image_has_the_log_normal_strength_of_the_reference() -> No
     assert abs(float(strength.std()) - 0.5) < 4 * 0.05 / 2**0.5
 
 
+def test_where_there_is_a_vae_the_noise_goes_into_the_pixels() -> None:
+    base, asked = tiny("1.5-i2v"), []
+
+    def noised(strength: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+        asked.append(float(strength))
+        return torch.randn(16, 8, 12, generator=draw)
+
+    def copied(_index: int, sample: Sample) -> Sample:
+        image = sample.image.clone()
+        image[1] = image[0]
+        return Sample(sample.name, sample.latents, sample.prompt, image, noised)
+
+    data = Clips(base.needs(DataSettings(), "fp32", "cpu"), 6, spoil=copied)
+    order, how = Order(6, 0, BatchSettings()), ConditioningSettings(dropout=0.0)
+    image = training_batch(data, order, tuple(range(100)), how, 1000).image
+    assert image is not None
+    assert torch.equal(image[:, 0], image[:, 1])
+    assert not image[:, 2:].any()
+    assert len({float(one[0, 0, 0, 0]) for one in image}) == 100, "other noise for every sample"
+    strength = torch.tensor(asked).log()
+    assert abs(float(strength.mean()) + 3.0) < 4 * 0.05
+    assert abs(float(strength.std()) - 0.5) < 4 * 0.05 / 2**0.5
+
+
 def test_frames_without_an_image_stay_zero() -> None:
     noisy, _ = images(ConditioningSettings(dropout=0.0), 4)
     assert not noisy[:, 1:].any()

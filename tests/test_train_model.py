@@ -199,9 +199,11 @@ def test_rslora_divides_by_the_root_of_the_rank() -> None:
 
 
 def test_dora_trains_the_magnitudes_too() -> None:
-    made = prepare(tiny("2b").transformer, short(lora=LoraSettings(dora=True, targets=("attn1.to_q",))))
+    base = tiny("2b")
+    made = prepare(base.transformer, short(lora=LoraSettings(dora=True, targets=("attn1.to_q",))))
     assert [t.side for t in made.parameters] == ["down", "up", "other"] * 2
-    assert torch.allclose(made.modules[0].magnitude, made.modules[0].weight.norm(dim=1))
+    weight = base.transformer.get_submodule(made.modules[0].module).base_layer.weight
+    assert torch.allclose(made.modules[0].magnitude, weight.norm(dim=1))
 
 
 def test_only_the_factors_learn_and_up_begins_at_zero() -> None:

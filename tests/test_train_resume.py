@@ -55,9 +55,13 @@ def test_a_killed_full_fine_tune_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_in_fp16_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    points = [*(f"sample:{n}" for n in range(2, 8)), *(f"save:{n}" for n in range(2, 5))]
-    drive(tmp_path, "5b", *points)
+@pytest.mark.parametrize("variant", ["5b", "1.5"])  # in fp16 and in bf16
+def test_killed_at_any_step_in_sixteen_bits_with_accumulation_it_goes_on_bit_for_bit(
+    tmp_path: Path, variant: str
+) -> None:
+    # Two samples a step, and none to go on from before the first checkpoint, at step 2.
+    points = [*(f"sample:{n}" for n in range(4, 16)), *(f"save:{n}" for n in range(2, 5))]
+    drive(tmp_path, variant, *points)
     for point in points:
         equal_runs(tmp_path / "whole", tmp_path / point)
 

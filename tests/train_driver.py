@@ -21,16 +21,17 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel  # noqa: F401
 
 from loraconv.trainer import checkpoints, run
-from loraconv.trainer.settings import CheckpointSettings, LoraSettings, ModelSettings, ValidationSettings
+from loraconv.trainer.settings import BatchSettings, CheckpointSettings, LoraSettings, ModelSettings, ValidationSettings
 from tests.train_support import full, opener, short, train
 
 
 def settings(variant: str) -> Any:
     made = full("2b") if variant == "full" else short(variant, lora=LoraSettings(rank=4, alpha=2.0, dropout=0.3))
-    precision = "fp16" if variant == "5b" else "fp32"
+    precision = {"5b": "fp16", "1.5": "bf16"}.get(variant, "fp32")
     return replace(
         made,
         steps=8,
+        batch=BatchSettings(accumulate=1 if precision == "fp32" else 2),
         model=replace(ModelSettings(tiny=made.model.tiny, device="cpu"), precision=precision),
         checkpoints=CheckpointSettings(every=3, keep=9),
         validation=ValidationSettings(every=2, samples=1, timesteps=2),

@@ -12,7 +12,7 @@ from loraconv.data.latents import file_digest
 from loraconv.data.listing import Listing, Row, read_listing
 from loraconv.data.settings import DataSettings, PixelSize
 from loraconv.data.video import read_video
-from loraconv.errors import FormatError
+from loraconv.errors import FormatError, UsageError
 from loraconv.names import printable, quoted
 
 if TYPE_CHECKING:
@@ -63,4 +63,13 @@ def _clip(listing: Listing, row: Row, size: PixelSize) -> Clip:
     assert isinstance(video, str)
     assert isinstance(prompt, str)
     path = listing.place(video)
-    return VideoClip(row.where, prompt.strip(), path, file_digest(path), size)
+    try:
+        return VideoClip(row.where, prompt.strip(), path, file_digest(path), size)
+    except UsageError as error:
+        raise UsageError(
+            error.what,
+            where=f"{row.where} of {printable(str(listing.path), 1000)}",
+            why=error.why,
+            hint=f"loraconv check-data {quoted(listing.path)}",
+            slug=error.slug,
+        ) from None

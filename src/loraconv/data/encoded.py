@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +15,7 @@ from loraconv.data.shapes import Scene, draw
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from loraconv.data.cache import Cache
 
@@ -34,11 +35,14 @@ class Clip(Protocol):
 
 
 class Encoder(Protocol):
-    """Turns pixels and prompts into what the model takes. ``key`` changes with everything it does."""
+    """Turns pixels and prompts into what the model takes. ``key`` changes with everything it does; ``noises`` is True
+    if the image can get its noise before it is encoded, with :meth:`noised`."""
 
     key: str
+    noises: bool
 
     def video(self, pixels: np.ndarray[Any, Any], digest: str) -> tuple[Tensor, Tensor | None]: ...
+    def noised(self, frame: Tensor, strength: Tensor, draw: Generator) -> Tensor: ...
     def prompt(self, text: str) -> Tensor: ...
     def close(self) -> None: ...
 
@@ -85,7 +89,8 @@ class EncodedDataset:
     def __getitem__(self, index: int) -> Sample:
         clip = self._clips[index]
         video, text = self._video(clip), self._prompt(clip)
-        return Sample(clip.name, video["latents"], text["prompt_embeds"], video.get("image_latents"))
+        noised = partial(self._encoder.noised, video["frame"]) if self._encoder.noises else None
+        return Sample(clip.name, video["latents"], text["prompt_embeds"], video.get("image_latents"), noised)
 
     def _fill(self, cache: Cache) -> None:
         # Videos first, prompts second: of the VAE and the text encoder only one is in memory at a time.
@@ -98,8 +103,10 @@ class EncodedDataset:
 
     def _video(self, clip: Clip) -> dict[str, Tensor]:
         def make() -> dict[str, Tensor]:
-            latents, image = self._encoder.video(clip.pixels(), clip.digest)
-            return {"latents": latents} | ({} if image is None else {"image_latents": image})
+            pixels = clip.pixels()
+            latents, image = self._encoder.video(pixels, clip.digest)
+            frame = {"frame": _frame(pixels)} if self._encoder.noises else {}
+            return {"latents": latents} | ({} if image is None else {"image_latents": image}) | frame
 
         if self._cache is None:
             return make()
@@ -116,6 +123,13 @@ class EncodedDataset:
 
     def _prompt_key(self, clip: Clip) -> str:
         return _sha256(f"prompt {self._encoder.key} {clip.prompt!a}")
+
+
+def _frame(pixels: np.ndarray[Any, Any]) -> Tensor:
+    """The first frame, ``(3, height, width)`` from 0 to 255, in a dtype of floats that holds these numbers exactly."""
+    import torch
+
+    return torch.from_numpy(pixels[0]).permute(2, 0, 1).half()
 
 
 def _sha256(text: str) -> str:

@@ -20,7 +20,7 @@ from loraconv.names import printable, quoted
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 PARTS = ("vae", "text_encoder", "tokenizer")
 _SAMPLED = 1 << 20
@@ -40,7 +40,8 @@ class PipelineEncoder:
             )
         # Everything of the model but where its parts lie and run.
         what = replace(model, pipeline=None, device="")
-        self.key = " ".join([f"pipeline 1 {what}", *(_sampled_digest(folder / part) for part in PARTS)])
+        self.key = " ".join([f"pipeline 2 {what}", *(_sampled_digest(folder / part) for part in PARTS)])
+        self.noises = model.image
         self._vae: Any = None
         self._text: Any = None
 
@@ -51,20 +52,25 @@ class PipelineEncoder:
         """
         import torch
 
-        if self._vae is None:
-            self._vae = self._load_vae()
-        factor = self._vae.config.scaling_factor
         values = torch.from_numpy(pixels).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         drawn = torch.Generator().manual_seed(int(digest[:15], 16))
-        latents = self._encoded(values, drawn) * factor
+        latents = self._encoded(values, drawn)
+        latents = latents * self._vae.config.scaling_factor
         pad = padding(len(latents), self._model.patch_size_t)
         latents = torch.cat([latents[:1].expand(pad, -1, -1, -1), latents])
         self._check(tuple(latents.shape), self._model.shape, "latents")
         if not self._model.image:
             return latents, None
-        first = self._encoded(values[:, :, :1], drawn)
-        first = first / factor if self._vae.config.invert_scale_latents else first * factor
+        first = self._first(values[:, :, :1], drawn)
         return latents, torch.cat([first.expand(pad + 1, -1, -1, -1), torch.zeros_like(latents[pad + 1 :])])
+
+    def noised(self, frame: Tensor, strength: Tensor, draw: Generator) -> Tensor:
+        """The latents ``(channels, height, width)`` of a frame (``(3, height, width)``, 0 to 255) with noise in its
+        pixels, as the reference training makes them (zai-org/CogVideo ``finetune/models/cogvideox_i2v``)."""
+        import torch
+
+        values = frame[None, :, None] / 127.5 - 1
+        return self._first(values + strength * torch.randn(values.shape, generator=draw), draw)[0]
 
     def prompt(self, text: str) -> Tensor:
         """``(tokens, text_dim)``; what is longer is cut off, as the pipeline does."""
@@ -85,10 +91,18 @@ class PipelineEncoder:
         """Free both parts."""
         self._vae = self._text = None
 
-    def _encoded(self, values: Tensor, drawn: Any) -> Tensor:
+    def _first(self, values: Tensor, drawn: Generator) -> Tensor:
+        """One frame as scaled latents ``(1, channels, height, width)``."""
+        latents = self._encoded(values, drawn)
+        factor: float = self._vae.config.scaling_factor
+        return latents / factor if self._vae.config.invert_scale_latents else latents * factor
+
+    def _encoded(self, values: Tensor, drawn: Generator) -> Tensor:
         """One video as unscaled float32 latents ``(frames, channels, height, width)``."""
         import torch
 
+        if self._vae is None:
+            self._vae = self._load_vae()
         with torch.no_grad():
             found = self._vae.encode(values.to(self._vae.device, self._vae.dtype)).latent_dist.sample(drawn)
         latents: Tensor = found[0].permute(1, 0, 2, 3).float().cpu()

@@ -16,11 +16,13 @@ from loraconv.data.settings import SPATIAL, TEMPORAL, ModelNeeds, padding
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 
 class StandIn:
     """The stand-in encoder for one model; it needs no files."""
+
+    noises = False
 
     def __init__(self, model: ModelNeeds) -> None:
         self._model = model
@@ -37,6 +39,10 @@ class StandIn:
         if not self._model.image:
             return latents, None
         return latents, torch.cat([first.expand(pad + 1, -1, -1, -1), torch.zeros_like(latents[pad + 1 :])])
+
+    def noised(self, frame: Tensor, strength: Tensor, draw: Generator) -> Tensor:
+        """Not offered: an average over 8 x 8 squares would take most of the noise away again."""
+        raise NotImplementedError
 
     def prompt(self, text: str) -> Tensor:
         """``(tokens, text_dim)``."""

@@ -21,6 +21,8 @@ from loraconv.names import printable
 from loraconv.scale import Scale
 from loraconv.trainer.randomness import seeded
 from loraconv.trainer.settings import LoraSettings, Settings
+from loraconv.trainer.sharding import shard
+from loraconv.trainer.world import World
 
 ADAPTER = "default"
 Side = Literal["down", "up", "other"]
@@ -38,10 +40,11 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class AdaptedModule:
-    """A linear layer with LoRA factors: ``down`` (rank, in), ``up`` (out, rank), ``magnitude`` (out) with DoRA."""
+    """A linear layer with LoRA factors: ``down`` (rank, in), ``up`` (out, rank), ``magnitude`` (out) with DoRA.
+    ``weight_norm`` is the Frobenius norm of its frozen weight."""
 
     module: str
-    weight: torch.Tensor
+    weight_norm: float
     down: torch.nn.Parameter
     up: torch.nn.Parameter
     scale: Scale
@@ -70,12 +73,20 @@ def by_pattern(name: str, values: Mapping[str, Any], default: Any) -> Any:
     return next((value for pattern, value in reversed(list(values.items())) if matches(name, pattern)), default)
 
 
-def prepare(transformer: Any, settings: Settings) -> Trainees:
-    """Freeze what is not trained, add the adapter; raises :class:`UsageError` for a pattern that matches nothing."""
+def prepare(transformer: Any, settings: Settings, world: World | None = None) -> Trainees:
+    """Freeze what is not trained, add the adapter, and split the weights if the world is sharded; raises
+    :class:`UsageError` for a pattern that matches nothing."""
+    world = world or World()
     transformer.requires_grad_(False)
     if settings.kind == "full":
-        return _weights(transformer, settings.frozen)
-    return _adapter(transformer, settings.lora, settings.seed)
+        shard(transformer, world, ())
+        trainees = _weights(transformer, settings.frozen)
+    else:
+        trainees = _adapter(transformer, settings.lora, settings.seed)
+        shard(transformer, world, [t.parameter for t in trainees.parameters])
+    for pattern in settings.optimizer.rates:
+        _refuse_unmatched("rates", pattern, [t.module for t in trainees.parameters])
+    return trainees
 
 
 def _weights(transformer: Any, frozen: tuple[str, ...]) -> Trainees:
@@ -127,7 +138,8 @@ def _adapted(transformer: torch.nn.Module, name: str, scale: Scale) -> AdaptedMo
             factor.requires_grad_(True)
     if not abs(layer.scaling[ADAPTER] - scale.value) <= 1e-12 * abs(scale.value):
         raise RuntimeError(f"{name}: peft applies {layer.scaling[ADAPTER]}, not {scale.value}")
-    return AdaptedModule(name, layer.base_layer.weight, factors[0], factors[1], scale, magnitude)
+    norm = float(layer.base_layer.weight.detach().float().norm())
+    return AdaptedModule(name, norm, factors[0], factors[1], scale, magnitude)
 
 
 def _factors(module: AdaptedModule) -> list[Trained]:
@@ -176,5 +188,6 @@ def _refuse_unmatched(section: str, pattern: str, names: list[str]) -> None:
         raise UsageError(
             f"the pattern {printable(pattern)} of {section} matches nothing in the model",
             why=f"there are {', '.join(inside[:12])}",
+            hint="take one of these names; * stands for any characters",
             slug="setting",
         )

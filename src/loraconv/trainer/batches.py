@@ -80,7 +80,7 @@ def training_batch(data: Dataset, order: Order, numbers: Numbers, how: Condition
     draws = [randomness.generator(order.seed, "sample", n) for n in numbers]
     times = [int(torch.randint(timesteps, (1,), generator=g)) for g in draws]
     noise = [torch.randn(s.latents.shape, generator=g) for s, g in zip(samples, draws, strict=True)]
-    images = [_conditioned(s.image, g, how) for s, g in zip(samples, draws, strict=True)]
+    images = [_conditioned(s, g, how) for s, g in zip(samples, draws, strict=True)]
     return _together(samples, noise, times, images)
 
 
@@ -91,11 +91,12 @@ def held_out_batch(data: Dataset, index: int, part: int, parts: int, seed: int, 
     return _together([sample], [noise], [(2 * part + 1) * timesteps // (2 * parts)], [sample.image])
 
 
-def _conditioned(image: torch.Tensor | None, draw: torch.Generator, how: ConditioningSettings) -> torch.Tensor | None:
+def _conditioned(sample: Sample, draw: torch.Generator, how: ConditioningSettings) -> torch.Tensor | None:
     """The conditioning latents as the model meets them in training: noise on the first frame, now and then no image.
 
-    The reference adds the noise to the pixels before encoding; latents are cached here, so they get it themselves.
+    As in the reference the noise is in the pixels that are encoded. Where there is no VAE, the latents get it.
     """
+    image = sample.image
     if image is None:
         return None
     strength = torch.exp(how.noise_mean + how.noise_std * torch.randn((), generator=draw))
@@ -103,7 +104,10 @@ def _conditioned(image: torch.Tensor | None, draw: torch.Generator, how: Conditi
         return torch.zeros_like(image)
     noisy = image.clone()
     given = image.flatten(1).any(dim=1)  # the first frame, and for CogVideoX 1.5 its copies
-    noisy[given] += strength * torch.randn(image[0].shape, generator=draw)
+    if sample.noised is None:
+        noisy[given] += strength * torch.randn(image[0].shape, generator=draw)
+    else:
+        noisy[given] = sample.noised(strength, draw)
     return noisy
 
 

@@ -24,9 +24,10 @@ from loraconv.io.target import MANIFEST
 from loraconv.names import printable, quoted
 from loraconv.trainer.faults import finite, first_bad
 from loraconv.trainer.files import Files, write_text
-from loraconv.trainer.layouts import Subject, write_layouts
+from loraconv.trainer.layouts import Subject, base_weights, needs_base, write_layouts
 from loraconv.trainer.loop import Session
-from loraconv.trainer.state import read_state, write_state
+from loraconv.trainer.sharding import collect
+from loraconv.trainer.state import read_state, state_tensors, write_state
 from loraconv.verification.record import verify_record
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -76,24 +77,29 @@ class RunFolder:
 def save(
     run: RunFolder, session: Session, layouts: tuple[str, ...], identity: dict[str, Any], record: dict[str, Any]
 ) -> None:
-    """Write the checkpoint of this step, point to it, and delete the ones that are no longer kept.
+    """Write the checkpoint of this step, point to it, and delete the ones that are no longer kept. All processes have
+    to call it; the first writes.
 
     Raises :class:`TrainingStopped` rather than write NaN or Inf, and :class:`WriteFailed`.
     """
-    parameters, progress = session.trainees.parameters, session.progress
-    if not finite(t.parameter.data for t in parameters):
+    parameters, progress, world = session.trainees.parameters, session.progress, session.world
+    if not world.all(finite(t.parameter.data for t in parameters)):
         raise TrainingStopped(
             "the weights hold NaN or Inf, so no checkpoint was written",
             where=first_bad(parameters, lambda t: t.parameter.data),
             hint="loraconv train --resume goes on from the last checkpoint",
         )
+    weights = collect(base_weights(session.base) if needs_base(session.settings, layouts) else (), world)
+    state = collect(state_tensors(session), world)
+    if not world.first:
+        return
     place = run.checkpoint(progress.step)
-    subject = Subject(session.base, session.trainees, session.settings, progress.step, session.world.size,
+    subject = Subject(session.base, session.trainees, weights, session.settings, progress.step, world.size,
                       {**record, "step": progress.step})  # fmt: skip
     with output_folder(place, inputs=[], needed=_size(session, layouts), overwrite=True) as temporary:
         folder = Files(temporary)
         write_layouts(folder, layouts, subject)
-        write_state(folder, session, identity)
+        write_state(folder, session, state, identity)
         write_text(folder, MANIFEST, _manifest(folder, dict(subject.record)))
     settle(run, session)
 
@@ -159,7 +165,11 @@ def _delete_old(run: RunFolder, session: Session) -> None:
 
 
 def refuse_used(run: RunFolder) -> None:
-    """Raise :class:`UsageError` if there is a run in the folder already."""
+    """Raise :class:`UsageError` if there is a run in the folder already, or if it is none."""
+    if run.path.exists() and not run.path.is_dir():
+        raise UsageError(
+            f"{printable(str(run.path))} is not a folder", hint=f"ls -ld {quoted(run.path)}", slug="not-a-folder"
+        )
     if run.steps():
         raise UsageError(
             f"there is a run in {printable(str(run.path))} already",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from loraconv.trainer.adapters import Trained
+from loraconv.trainer.sharding import share
 
 Kind = Literal["data", "loss", "gradient", "weight"]
 
@@ -21,14 +22,15 @@ class Fault(Exception):
 
 
 def finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """True if no tensor holds NaN or Inf; costs one pass and one look at the device."""
-    norms = torch._foreach_norm(list(tensors), ord=float("inf"))
+    """True if no tensor holds NaN or Inf, as far as this process has it; costs one pass and one look at the device."""
+    shares = [s for t in tensors if (s := share(t)).numel()]
+    norms = torch._foreach_norm(shares, ord=float("inf"))
     return bool(torch.isfinite(torch.stack([n.float() for n in norms])).all()) if norms else True
 
 
 def first_bad(trained: Iterable[Trained], what: Callable[[Trained], torch.Tensor | None]) -> str:
-    """The first parameter whose tensor is not finite, and how many there are."""
-    bad = [t.name for t in trained if (tensor := what(t)) is not None and not bool(torch.isfinite(tensor).all())]
+    """The first parameter whose tensor is not finite, and how many there are; empty if this process has none."""
+    bad = [t.name for t in trained if (tensor := what(t)) is not None and not finite([tensor])]
     return f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else "".join(bad)
 
 

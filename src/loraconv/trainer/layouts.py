@@ -7,7 +7,7 @@ memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +42,12 @@ _SHARDS = "10GB"
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is to be written: the trained model at ``step``, and the record that goes into every layout."""
+    """What is to be written: the trained model at ``step``, and the record that goes into every layout. ``weights`` are
+    :func:`base_weights`, whole, where :func:`needs_base`."""
 
     base: Base
     trainees: Trainees
+    weights: Mapping[str, torch.Tensor]
     settings: Settings
     step: int
     processes: int
@@ -100,7 +102,7 @@ def write_layouts(folder: Files, layouts: tuple[str, ...], subject: Subject) -> 
         if subject.trainees.modules and not subject.settings.lora.dora:
             _prove(folder, name, subject.trainees.modules)
         if subject.settings.kind == "full" and name == "diffusers":
-            _prove_weights(folder, base_weights(subject.base, subject.trainees))
+            _prove_weights(folder, dict(subject.weights))
 
 
 def _adapter_plan(name: str, subject: Subject) -> Plan:
@@ -110,8 +112,9 @@ def _adapter_plan(name: str, subject: Subject) -> Plan:
 
 
 def _base_plan(subject: Subject) -> Plan:
-    tensors: dict[str, Lazy] = {n: _held(t) for n, t in base_weights(subject.base, subject.trainees).items()}
-    config = json.loads(subject.base.transformer.to_json_string())
+    tensors: dict[str, Lazy] = {n: _held(t) for n, t in subject.weights.items()}
+    # FSDP gives the model a class of another name.
+    config = json.loads(subject.base.transformer.to_json_string()) | {"_class_name": "CogVideoXTransformer3DModel"}
     return plan_base(tensors, config, dialect("diffusers"), dtype=None, limit=parse_size(_SHARDS))
 
 
@@ -141,12 +144,11 @@ def _write_sat(folder: Files, subject: Subject) -> None:
 
     settings, step, trainees = subject.settings, subject.step, subject.trainees
     extra = _sat_buffers(subject.base)
-    weights = base_weights(subject.base, trainees)
     trained = [] if trainees.modules else [t.name for t in trainees.parameters]
     world = settings.checkpoints.model_parallel
     buffers = [f"{dialect('sat').prefixes[0]}{name}" for name in extra if ".freqs_" in name]
     for rank in range(world):
-        module = sat_module(weights, trainees.modules, trained, extra, rank=rank, world=world)
+        module = sat_module(subject.weights, trainees.modules, trained, extra, rank=rank, world=world)
         with folder.file(f"sat/{step}/mp_rank_{rank:02d}_model_states.pt") as file:
             write_torch(file, module.tensors, payload(module, buffers, settings, step, subject.processes))
     layers = sorted({n for m in trainees.modules if (n := layer_of(m.module)) is not None})
@@ -157,10 +159,16 @@ def _write_sat(folder: Files, subject: Subject) -> None:
     write_text(folder, "sat/latest", str(step))
 
 
-def base_weights(base: Base, trainees: Trainees) -> dict[str, torch.Tensor]:
-    """The transformer's own weights under diffusers' names, without the adapter."""
-    state = base.transformer.state_dict()
-    return {name.replace(".base_layer.", "."): t for name, t in state.items() if ".lora_" not in name}
+def needs_base(settings: Settings, layouts: tuple[str, ...]) -> bool:
+    """True if a layout holds the weights of the transformer itself."""
+    return "sat" in layouts or settings.kind == "full"
+
+
+def base_weights(base: Base) -> Iterator[tuple[str, torch.Tensor]]:
+    """The transformer's own weights under diffusers' names, without the adapter; shares, where it is sharded."""
+    for name, tensor in base.transformer.state_dict().items():
+        if ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), tensor
 
 
 def _sat_buffers(base: Base) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -17,17 +17,19 @@ from loraconv.errors import TrainingStopped
 from loraconv.names import quoted
 from loraconv.trainer import measures
 from loraconv.trainer.adapters import Trainees
-from loraconv.trainer.batches import Batch, Order, held_out_batch, training_batch
-from loraconv.trainer.faults import Fault, finite, first_bad, first_bad_module
+from loraconv.trainer.batches import Batch, Numbers, Order, held_out_batch, training_batch
+from loraconv.trainer.faults import Fault, Kind, finite, first_bad, first_bad_module
 from loraconv.trainer.loss import losses
 from loraconv.trainer.loss_scale import LossScale
 from loraconv.trainer.model import DTYPES, Base
 from loraconv.trainer.randomness import seeded
 from loraconv.trainer.schedule import rest_at_zero, set_rates
 from loraconv.trainer.settings import Settings
+from loraconv.trainer.sharding import is_share, share
 from loraconv.trainer.world import World
 
 Row = dict[str, Any]
+Done = TypeVar("Done")
 
 
 @dataclass(slots=True)
@@ -87,8 +89,8 @@ def run(session: Session) -> None:
         progress.step += 1
         better = _validate(session, row)
         last = progress.step == settings.steps or progress.stopped
-        if progress.step % settings.log.every == 0 or last or "held_out_loss" in row:
-            row |= measures.of(session.trainees) | {"seconds": round(time.monotonic() - started, 4)}
+        if progress.step % settings.log.every == 0 or last or row.keys() & {"held_out_loss", "held_out_fault"}:
+            row |= measures.of(session.trainees, session.world) | {"seconds": round(time.monotonic() - started, 4)}
             session.log(row)
         if better or last or progress.step % settings.checkpoints.every == 0:
             session.save()
@@ -99,29 +101,39 @@ def train_step(session: Session, step: int) -> Row:
 
     Raises :class:`Fault`, on every process alike; the weights are then as they were unless the fault is in a weight.
     """
-    settings, optimizer, world = session.settings, session.optimizer, session.world
+    settings, optimizer, progress = session.settings, session.optimizer, session.progress
     rate = set_rates(optimizer, settings.schedule, step, settings.steps)
     optimizer.zero_grad()
-    loss = _agreed(world, lambda: _accumulate(session, step))
-    gradients = [t.parameter.grad for t in session.trainees.parameters if t.parameter.grad is not None]
-    world.average(gradients)
-    row = {"loss": world.sum(loss) / world.size, "rate": rate * settings.optimizer.rate}
-    with torch.no_grad():
-        torch._foreach_mul_(gradients, 1 / session.progress.scale.value)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not bool(torch.isfinite(norm)):
-            if session.progress.scale.overflowed():
-                return row | {"loss_scale": session.progress.scale.value, "skipped": "the loss scale was too large"}
-            raise Fault("gradient", first_bad(session.trainees.parameters, lambda t: t.parameter.grad))
-        torch.nn.utils.clip_grads_with_norm_(
-            [t.parameter for t in session.trainees.parameters], settings.optimizer.clip, norm
-        )
+    loss = _agreed(session.world, lambda: _accumulate(session, step))
+    row = {"loss": session.world.sum(loss) / session.world.size, "rate": rate * settings.optimizer.rate}
+    norm = _clipped(session)
+    if norm is None:
+        return row | {"loss_scale": progress.scale.value, "skipped": "the loss scale was too large"}
     rest_at_zero(optimizer)
     optimizer.step()
-    session.progress.scale.went_well()
-    if not finite(t.parameter.data for t in session.trainees.parameters):
-        raise Fault("weight", first_bad(session.trainees.parameters, lambda t: t.parameter.data))
-    return row | {"gradient_norm": float(norm), **session.progress.scale.row()}
+    progress.scale.went_well()
+    trained = session.trainees.parameters
+    if not session.world.all(finite(t.parameter.data for t in trained)):
+        raise _fault(session.world, "weight", first_bad(trained, lambda t: t.parameter.data))
+    return row | {"gradient_norm": norm, **progress.scale.row()}
+
+
+def _clipped(session: Session) -> float | None:
+    """The gradients of all processes together, without the loss scale, clipped; returns their norm before that, and
+    None if the loss scale was too large. Raises :class:`Fault` where that is not the reason for NaN or Inf."""
+    world, trained = session.world, session.trainees.parameters
+    gradients = [t.parameter.grad for t in trained if t.parameter.grad is not None]
+    world.average([g for g in gradients if not is_share(g)])
+    shares = [share(g) for g in gradients]
+    torch._foreach_mul_(shares, 1 / session.progress.scale.value)
+    norm = measures.total_norm(gradients, world)
+    if not bool(torch.isfinite(norm)):
+        if session.progress.scale.overflowed():
+            return None
+        raise _fault(world, "gradient", first_bad(trained, lambda t: t.parameter.grad))
+    # As torch.nn.utils.clip_grads_with_norm_ does it, which knows no shares.
+    torch._foreach_mul_(shares, (session.settings.optimizer.clip / (norm + 1e-6)).clamp(max=1.0))
+    return float(norm)
 
 
 def _accumulate(session: Session, step: int) -> float:
@@ -130,8 +142,11 @@ def _accumulate(session: Session, step: int) -> float:
     total, steps = 0.0, base.scheduler.config.num_train_timesteps
     base.transformer.train()
     for numbers in session.order.of_step(step):
-        batch = training_batch(session.training, session.order, numbers, settings.conditioning, steps)
-        batch = batch.to(session.world.device)
+
+        def fetch(numbers: Numbers = numbers) -> Batch:
+            return training_batch(session.training, session.order, numbers, settings.conditioning, steps)
+
+        batch = _in_step(session.world, fetch).to(session.world.device)
         with seeded(settings.seed, "dropout", numbers[0]):
             loss = _loss(session, batch)
             torch.autograd.backward(loss * (session.progress.scale.value / settings.batch.accumulate))
@@ -142,11 +157,11 @@ def _accumulate(session: Session, step: int) -> float:
 def _loss(session: Session, batch: Batch) -> torch.Tensor:
     with _precision(session):
         each = losses(session.base, batch)
-    if not bool(torch.isfinite(each).all()):
+    if not session.world.all(bool(torch.isfinite(each).all())):
         bad = [n for n, value in zip(batch.names, each, strict=True) if not bool(torch.isfinite(value))]
         with _precision(session):
             module = first_bad_module(session.base.transformer, lambda: losses(session.base, batch))
-        raise Fault("loss", f"sample {', '.join(bad)}, first in {module or 'the loss itself'}")
+        raise Fault("loss", f"sample {', '.join(bad)}, first in {module or 'the loss itself'}" if bad else "")
     return each.mean()
 
 
@@ -158,17 +173,30 @@ def _precision(session: Session) -> AbstractContextManager[Any]:
     return torch.autocast(session.world.device.type, DTYPES[name])
 
 
-def _agreed(world: World, work: Callable[[], float]) -> float:
-    """Do the work; if it failed on any process, fail on all of them with the same fault."""
-    fault, result = None, 0.0
+def _agreed(world: World, work: Callable[[], Done]) -> Done:
+    """Do the work; if it failed on any process, fail on all of them with the same fault. A fault without a place is
+    one that this process knows of and another can name."""
+    fault, result = None, None
     try:
         result = work()
     except Fault as found:
-        fault = (found.kind, found.where)
-    said = world.first_said(fault)
+        fault = found
+    said = world.first_said((fault.kind, fault.where) if fault and fault.where else None)
     if said is not None:
         raise Fault(*said)
-    return result
+    if fault is not None:
+        raise fault
+    return cast(Done, result)
+
+
+def _in_step(world: World, work: Callable[[], Done]) -> Done:
+    """Before a forward pass of a sharded model, which no process can make alone, all have to have something to pass."""
+    return _agreed(world, work) if world.sharded else work()
+
+
+def _fault(world: World, kind: Kind, where: str) -> Fault:
+    """The same fault on every process; of shares, not every process has the bad one."""
+    return Fault(kind, world.first_said(where or None) or "the norm of all together is too large for float32")
 
 
 def _handle(session: Session, fault: Fault) -> None:
@@ -226,8 +254,9 @@ def _validate(session: Session, row: Row) -> bool:
     except Fault as fault:
         row["held_out_fault"] = str(fault)
         return False
-    row["held_out_loss"] = loss
-    better = math.isfinite(loss) and (progress.best is None or loss < progress.best - how.improvement)
+    sound = math.isfinite(loss)
+    row |= {"held_out_loss": loss} if sound else {"held_out_fault": "NaN or Inf in the loss"}
+    better = sound and (progress.best is None or loss < progress.best - how.improvement)
     if better:
         progress.best, progress.best_step, progress.worse = loss, progress.step, 0
     else:
@@ -244,9 +273,14 @@ def held_out_loss(session: Session) -> float:
     cases = [(index, part) for index in range(samples) for part in range(how.timesteps)]
     total, steps = 0.0, base.scheduler.config.num_train_timesteps
     with _resting(base.transformer), torch.no_grad(), _precision(session):
-        for index, part in cases[world.rank :: world.size]:
-            batch = held_out_batch(session.held_out, index, part, how.timesteps, session.settings.seed, steps)
-            total += float(losses(base, batch.to(world.device)))
+        for at in range(world.rank, len(cases) + world.rank, world.size):
+            index, part = cases[at % len(cases)]
+
+            def fetch(index: int = index, part: int = part) -> Batch:
+                return held_out_batch(session.held_out, index, part, how.timesteps, session.settings.seed, steps)
+
+            loss = float(losses(base, _in_step(world, fetch).to(world.device)))
+            total += loss if at < len(cases) else 0.0  # in the last round some have nothing left, and go along
     return total / len(cases)
 
 

@@ -75,8 +75,9 @@ def _session(settings: Settings, world: World) -> Session:
     if not len(training):
         hint = "lower held_out in [data], or add samples"
         raise UsageError("there is no sample to train on", hint=hint, slug="no-data")
-    base.transformer.to(world.device)
-    trainees = prepare(base.transformer, settings)
+    if not world.sharded:
+        base.transformer.to(world.device)
+    trainees = prepare(base.transformer, settings, world)
     optimizer = make_optimizer(trainees, settings.optimizer)
     progress = Progress(scale=initial(settings.model.precision))
     return Session(settings, base, trainees, optimizer, training, held_out, world, progress)
@@ -97,8 +98,7 @@ def _train(run: RunFolder, session: Session, outcome: Outcome, resume: bool, say
     log = Log(run.path, settings, lambda row: say("%s", {**row, "steps": settings.steps})) if world.first else None
 
     def save() -> None:
-        if world.first:
-            checkpoints.save(run, session, outcome.layouts, identity, record)
+        checkpoints.save(run, session, outcome.layouts, identity, record)
         world.wait()
 
     def restore() -> bool:

@@ -7,6 +7,7 @@ the seed.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,28 +18,33 @@ from loraconv.data.tensors import InMemory, load_tensors
 from loraconv.errors import CorruptCheckpoint, UsageError
 from loraconv.io.safetensors_write import write_safetensors
 from loraconv.io.sidecar import read_json
-from loraconv.lazy import Lazy
 from loraconv.names import printable
 from loraconv.trainer.files import Files, write_text
 from loraconv.trainer.loop import Progress, Session
 from loraconv.trainer.loss_scale import LossScale
+from loraconv.trainer.sharding import as_shared
 
 TENSORS, VALUES = "state/state.safetensors", "state/state.json"
+Tensors = Mapping[str, torch.Tensor]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 #: What may differ when a run goes on: how long it takes and what it leaves behind, not what a step computes.
 _FREE = {("steps",), ("checkpoints",), ("log",), ("model", "device"), ("data", "cache")}
 
 
-def write_state(folder: Files, session: Session, identity: dict[str, Any]) -> None:
-    """Write both files; ``identity`` is what must be the same when the run goes on."""
-    tensors: dict[str, Lazy] = {}
-    steps: dict[str, float] = {}
+def state_tensors(session: Session) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every trained weight and its two moments, if it has them; where the model is sharded, shares of them."""
     for trained in session.trainees.parameters:
-        tensors[f"weight/{trained.name}"] = InMemory(trained.parameter.detach())
+        yield f"weight/{trained.name}", trained.parameter
         moments = session.optimizer.state.get(trained.parameter, {})
-        if moments:
-            steps[trained.name] = float(moments["step"])
-            tensors |= {f"{moment}/{trained.name}": InMemory(moments[moment]) for moment in _MOMENTS}
+        for moment in _MOMENTS if moments else ():
+            yield f"{moment}/{trained.name}", moments[moment]
+
+
+def write_state(folder: Files, session: Session, tensors: Tensors, identity: dict[str, Any]) -> None:
+    """Write both files: ``tensors`` are :func:`state_tensors`, whole; ``identity`` is what must be the same when the
+    run goes on."""
+    moments = {t.name: session.optimizer.state.get(t.parameter, {}) for t in session.trainees.parameters}
+    steps = {name: float(known["step"]) for name, known in moments.items() if known}
     value = {
         "schema": 1,
         "progress": asdict(session.progress),
@@ -47,7 +53,7 @@ def write_state(folder: Files, session: Session, identity: dict[str, Any]) -> No
         "settings": session.settings.to_dict(),
     }
     with folder.file(TENSORS) as file:
-        write_safetensors(file, tensors.items(), {"format": "pt"})
+        write_safetensors(file, ((name, InMemory(tensor)) for name, tensor in tensors.items()), {"format": "pt"})
     write_text(folder, VALUES, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
@@ -83,10 +89,10 @@ def _restore(
     tensors: dict[str, torch.Tensor],
     steps: dict[str, float],
 ) -> None:
-    parameter.copy_(tensors[f"weight/{name}"])
+    parameter.copy_(as_shared(tensors[f"weight/{name}"], parameter))
     session.optimizer.state.pop(parameter, None)
     if name in steps:
-        moments = {m: tensors[f"{m}/{name}"].to(parameter.device) for m in _MOMENTS}
+        moments = {m: as_shared(tensors[f"{m}/{name}"], parameter) for m in _MOMENTS}
         session.optimizer.state[parameter] = {"step": torch.tensor(float(steps[name])), **moments}
 
 

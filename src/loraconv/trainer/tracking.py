@@ -6,7 +6,9 @@ The file only grows. A run that goes on after a stop writes some steps again, so
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,7 +99,7 @@ def open_tracker(settings: LogSettings, folder: Path, config: dict[str, Any]) ->
         raise UsageError(f"{name} is not installed", hint=f"pip install {name}", slug="not-installed")
     if name == "tensorboard":
         return _TensorBoard(folder / "tensorboard")
-    return _Hosted(name, settings.project, config)
+    return _Hosted(name, settings.project, folder, config)
 
 
 class _TensorBoard:
@@ -115,16 +117,20 @@ class _TensorBoard:
 
 
 class _Hosted:
-    """trackio and wandb have the same three functions."""
+    """trackio and wandb have the same three functions. They print what belongs to no result, so not on stdout."""
 
-    def __init__(self, name: str, project: str, config: dict[str, Any]) -> None:
+    def __init__(self, name: str, project: str, folder: Path, config: dict[str, Any]) -> None:
         from importlib import import_module
 
         self._module = import_module(name)
-        self._module.init(project=project, config=config)
+        more = {"dir": str(folder)} if name == "wandb" else {}  # wandb's own place is the working directory
+        with redirect_stdout(sys.stderr):
+            self._module.init(project=project, config=config, **more)
 
     def log(self, numbers: dict[str, float], step: int) -> None:
-        self._module.log(numbers, step=step)
+        with redirect_stdout(sys.stderr):
+            self._module.log(numbers, step=step)
 
     def close(self) -> None:
-        self._module.finish()
+        with redirect_stdout(sys.stderr):
+            self._module.finish()

@@ -1,7 +1,7 @@
 """The processes of a run: what ``accelerate launch`` or ``torchrun`` started, or this one alone.
 
-Each process holds the whole model and learns from its own batches; gradients are averaged before the step, so all of
-them keep equal weights. Only the first writes.
+Each process learns from its own batches; gradients are averaged before the step. Each holds the whole model, or, under
+``accelerate launch --use_fsdp``, its share of it. Only the first writes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from loraconv.names import printable
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among all of them."""
+    """This process among all of them; ``sharded`` if each has a share of the weights only."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    sharded: bool = False
 
     @property
     def first(self) -> bool:
@@ -58,6 +59,11 @@ class World:
         torch.distributed.all_gather_object(said, value)
         return next((v for v in said if v is not None), None)
 
+    def all(self, fine: bool) -> bool:
+        """True if it is so on every process. Whole weights are equal on all, so only about shares is there something
+        to ask."""
+        return self.sum(float(not fine)) == 0 if self.sharded else fine
+
     def wait(self) -> None:
         """Return when every process has come this far."""
         if self.size > 1:
@@ -72,11 +78,31 @@ def joined(device: str) -> Iterator[World]:
     if size == 1:
         yield World(device=place)
         return
+    if place.type == "cuda":
+        torch.cuda.set_device(place)  # where NCCL puts the objects that it gathers
     torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
-        yield World(rank, size, place)
+        yield World(rank, size, place, _sharded())
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _sharded() -> bool:
+    """True if ``accelerate launch`` was told to use FSDP; raises :class:`UsageError` for what is not offered."""
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        raise UsageError(
+            "training does not use DeepSpeed",
+            why="accelerate was told to",
+            hint="accelerate launch --use_fsdp -m loraconv train splits the weights over the processes, too",
+            slug="no-deepspeed",
+        )
+    # With it, transformers would fill the text encoder with weights on the first process only.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    return _asked("ACCELERATE_USE_FSDP")
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true")
 
 
 def _device(name: str, local: int) -> torch.device:
