@@ -1,0 +1,182 @@
+"""Parts of the verifier that a whole run seldom reaches: each against its definition, or against a mistake made here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loraconv.errors import ProofFailed
+from loraconv.verifier.consumers.prediction import read_with
+from loraconv.verifier.consumers.reading import AdapterFile, Reading
+from loraconv.verifier.consumers.recorded import ForwardCheck, compare_forward
+from loraconv.verifier.consumers.table import CONSUMERS
+from loraconv.verifier.controls import adapter_controls, comparison_controls
+from loraconv.verifier.delta import compare_adapters
+from loraconv.verifier.fused.controls import OneBit
+from loraconv.verifier.numbers import Expectation, Held, Pair, relative_error
+from loraconv.verifier.oracles import peft_pairs, sat_pairs
+from loraconv.verifier.origin import source_record
+from loraconv.verifier.spelled import compare_magnitudes
+from tests.conftest import Converted
+from tests.support import LORA_FILE, RECORDED
+
+MODULES = [f"transformer_blocks.{layer}.attn1.{name}" for layer in (0, 1) for name in ("to_q", "to_k")]
+
+
+def pairs(seed: int = 0, out: int = 6, into: int = 8) -> dict[str, Pair]:
+    rng = np.random.default_rng(seed)
+    return {
+        module: Pair(Held(rng.normal(size=(2, into)), "F32"), Held(rng.normal(size=(out, 2)), "F32"), Fraction(1, 2))
+        for module in MODULES
+    }
+
+
+# --- controls -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("out", "into"), [(6, 8), (8, 8)], ids=["oblong", "square"])
+def test_a_proof_that_sees_nothing_misses_every_control(out: int, into: int) -> None:
+    given = pairs(out=out, into=into)
+    expected = Expectation(given, dict.fromkeys(given, ("F32", "F32")))
+    controls = adapter_controls(expected, given, lambda part, spoilt: "")
+    assert len(controls) == 8
+    assert [control.caught for control in controls] == [False] * 8
+
+
+def test_a_comparison_with_a_bound_that_lets_everything_pass_misses_what_the_bound_lets_pass() -> None:
+    given = pairs()
+    results = compare_adapters(given, pairs(seed=1), bound=100.0)
+    assert all(result.same and not result.equal for result in results)
+    missed = {c.name for c in comparison_controls(given, pairs(seed=1), results, 100.0) if c.caught is False}
+    assert missed >= {"q and k swapped", "scale doubled", "up zeroed"}
+    assert "a module dropped" not in missed
+
+
+class Pieces:
+    """A tensor of two pieces."""
+
+    dtype, shape = "U8", (5,)
+
+    def pieces(self) -> Iterator[bytes]:
+        yield b"\x02\x03"
+        yield b"\x04\x05\x06"
+
+    def leaves(self) -> Iterator[str]:
+        yield "leaf"
+
+
+def test_one_bit_turned_is_one_bit_and_the_rest_stays() -> None:
+    spoilt = OneBit(Pieces())  # type: ignore[arg-type]
+    assert b"".join(spoilt.pieces()) == b"\x03\x03\x04\x05\x06"
+    assert (spoilt.dtype, spoilt.shape) == ("U8", (5,))
+
+
+# --- numbers, oracles, records ------------------------------------------------------------------------------------
+
+
+def test_pairs_of_other_shapes_are_infinitely_far_apart() -> None:
+    assert relative_error(pairs()[MODULES[0]], pairs(out=7)[MODULES[0]]) == (float("inf"), 0.0)
+
+
+def held(*shape: int) -> Any:
+    return Held(np.ones(shape), "F32")
+
+
+def test_a_factor_that_the_definition_of_sat_does_not_have_is_refused() -> None:
+    layer = "model.diffusion_model.transformer.layers.0."
+    good = {f"{layer}attention.dense.matrix_{side}.0": held(2, 2) for side in "AB"}
+    assert list(sat_pairs([good], {}, None, None)) == ["transformer_blocks.0.attn1.to_out.0"]
+    with pytest.raises(ProofFailed, match="does not cover"):
+        sat_pairs([good | {f"{layer}mlp.dense_h_to_4h.matrix_A.0": held(2, 2)}], {}, None, None)
+
+
+@pytest.mark.parametrize("name", ["q.lora_C.weight", "q.lora_A.bias", "k.lora_A.weight"])
+def test_a_key_that_the_definition_of_peft_does_not_have_is_refused(name: str) -> None:
+    good = {f"base_model.model.q.lora_{side}.weight": held(2, 2) for side in "AB"}
+    assert list(peft_pairs([good], {}, {}, None)) == ["q"]
+    with pytest.raises(ProofFailed, match="does not cover"):
+        peft_pairs([good | {f"base_model.model.{name}": held(2, 2)}], {}, {}, None)
+
+
+@pytest.mark.parametrize("damaged", ["", "[1]", "3", '{"": ', "[" * 100_000])
+def test_a_damaged_record_of_the_source_is_none(damaged: str) -> None:
+    assert source_record({"loraconv.origin": damaged}, None) == {}
+    entry = {"": {"alpha": "1", "rank": 4}}
+    assert source_record({"loraconv.origin": json.dumps(entry)}, None) == entry
+    assert source_record({}, {"loraconv": {"origin": entry}}) == entry
+
+
+def test_magnitudes_of_another_size_differ_and_of_another_shape_do_not() -> None:
+    one, same, other = {"q": held(4)}, {"q": held(4, 1)}, {"q": held(5)}
+    told, findings = compare_magnitudes(one, same)  # type: ignore[arg-type]
+    assert (told.equal, findings) == (1, [])
+    told, findings = compare_magnitudes(one, other)  # type: ignore[arg-type]
+    assert (told.equal, [found.slug for found in findings]) == (0, ["dora-differs"])
+
+
+# --- consumers ------------------------------------------------------------------------------------------------------
+
+PEFT = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "target_modules": ["to_q"]}
+
+
+def said(consumer: str, tensors: dict[str, Any], **options: Any) -> Reading:
+    row = next(row for row in CONSUMERS if row.name == consumer)
+    return read_with(row, AdapterFile("adapter.safetensors", tensors, **options))
+
+
+def peft_file(module: str = MODULES[0]) -> dict[str, Any]:
+    return {f"base_model.model.{module}.lora_{s}.weight": held(*shape) for s, shape in (("A", (2, 8)), ("B", (8, 2)))}
+
+
+def test_a_plain_peft_file_is_read_and_what_the_table_does_not_follow_is_said() -> None:
+    newest = "peft 0.21 and later"
+    assert said(newest, peft_file(), settings=PEFT).scales == {MODULES[0]: Fraction(1, 2)}
+    assert "LOHA" in said(newest, peft_file(), settings=PEFT | {"peft_type": "LOHA"}).unsure
+    assert "layers_to_transform" in said(newest, peft_file(), settings=PEFT | {"layers_to_transform": [0]}).unsure
+    assert "magnitudes" in said(newest, peft_file(), settings=PEFT | {"use_dora": True}).unsure
+
+
+def test_a_file_that_comfyui_cannot_take_apart_is_refused_with_the_key() -> None:
+    module = "diffusion_model.blocks.0.q"  # as comfy/ldm/cogvideo/model.py calls it
+    whole = {f"{module}.lora_down.weight": held(2, 8), f"{module}.lora_up.weight": held(8, 2)}
+    assert said("ComfyUI", whole).scales == {MODULES[0]: Fraction(1)}
+    half = said("ComfyUI", {f"{module}.lora_up.weight": held(8, 2)})
+    assert half.error == f"{module}.lora_down.weight"
+    many = said("ComfyUI", whole | {f"{module}.alpha": held(2)})
+    assert f"{module}.alpha" in many.why
+
+
+# --- recorded forward passes ----------------------------------------------------------------------------------------
+
+
+def test_the_recorded_outputs_are_met_with_the_adapter_and_without(converted: Converted, tmp_path: Path) -> None:
+    recorded = RECORDED[0]
+    out, file = converted(recorded, what="all"), recorded.folder / "reference.safetensors"
+    reference = load_file(file)
+    check = compare_forward(out, file)
+    assert check.passed
+    assert max(check.live, check.base) <= check.bound == 1e-6
+    one, other = (reference[name].double() for name in ("out_base", "out_lora"))
+    assert check.effect == pytest.approx(float(torch.linalg.norm(one - other) / torch.linalg.norm(other)), rel=1e-9)
+    (tmp_path / "transformer").symlink_to(out / "transformer")
+    factors = load_file(out / LORA_FILE)
+    save_file({n: t * (2 if "lora_B" in n else 1) for n, t in factors.items()}, tmp_path / LORA_FILE)
+    doubled = compare_forward(tmp_path, file)
+    assert not doubled.passed
+    assert doubled.live > 100 * doubled.bound
+    assert doubled.base == check.base
+
+
+@pytest.mark.parametrize(("live", "base", "passed"), [(1, 1, True), (2, 1, False), (1, 2, False), (0, 0, True)])
+def test_a_forward_check_passes_where_both_errors_are_within_the_bound(live: float, base: float, passed: bool) -> None:
+    check = ForwardCheck(live=live, base=base, effect=9.0, bound=1)
+    assert check.passed is passed
+    assert check.to_dict() == {"live": live, "base": base, "effect": 9.0, "bound": 1, "passed": passed}
