@@ -1,4 +1,4 @@
-"""Parts of the verifier that a whole run seldom reaches: each against its definition, or against a mistake made here."""
+"""Parts of the verifier that a whole run seldom reaches: each against its definition, or against a mistake of ours."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,13 @@ from loraconv.verifier.consumers.reading import AdapterFile, Reading
 from loraconv.verifier.consumers.recorded import ForwardCheck, compare_forward
 from loraconv.verifier.consumers.table import CONSUMERS
 from loraconv.verifier.controls import adapter_controls, comparison_controls
-from loraconv.verifier.delta import compare_adapters
+from loraconv.verifier.delta import compare_adapters, delta_norm, relative_room
 from loraconv.verifier.fused.controls import OneBit
-from loraconv.verifier.numbers import Expectation, Held, Pair, relative_error
+from loraconv.verifier.fused.figures import LAYOUT
+from loraconv.verifier.numbers import HALF_ULP, Expectation, Held, Pair, compare, relative_error
 from loraconv.verifier.oracles import peft_pairs, sat_pairs
 from loraconv.verifier.origin import source_record
+from loraconv.verifier.positions import agrees
 from loraconv.verifier.spelled import compare_magnitudes
 from tests.conftest import Converted
 from tests.support import LORA_FILE, RECORDED
@@ -81,6 +84,38 @@ def test_one_bit_turned_is_one_bit_and_the_rest_stays() -> None:
 
 # --- numbers, oracles, records ------------------------------------------------------------------------------------
 
+TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+@pytest.mark.parametrize("dtype", TORCH)
+def test_units_and_exponents_are_those_of_the_dtypes(dtype: str) -> None:
+    told = torch.finfo(TORCH[dtype])
+    assert set(HALF_ULP) == set(LAYOUT) == set(TORCH)
+    # Half of float64's smallest number is none.
+    assert HALF_ULP[dtype] == (told.eps / 2, told.tiny * told.eps / 2 or told.tiny * told.eps)
+    digits, least, greatest = LAYOUT[dtype]
+    assert (2.0**-digits, 2.0**least, (2 - 2.0**-digits) * 2.0**greatest) == (told.eps, told.tiny, told.max)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+def test_the_room_of_a_stored_number_is_half_a_unit_and_hardly_more(dtype: str) -> None:
+    """A number halfway between two stored ones is within the room of both; a little farther away it is not."""
+    unit = torch.finfo(TORCH[dtype]).eps
+    halfway, pasted = np.array([1 + unit / 2]), np.array([1 + unit * 0.51])
+    for exact, right in ((halfway, True), (pasted, False)):
+        one = Pair(Held(np.ones((1, 1)), dtype), Held(exact[None], "F64"), 1)
+        other = Pair(Held(np.ones((1, 1)), dtype), Held(np.ones((1, 1)), dtype), 1)
+        assert compare(one, other).within is right
+
+
+def test_what_two_factorings_may_differ_by_follows_from_the_roundings_of_the_factors() -> None:
+    """For factors of one element: each may be off by half a unit, relative."""
+    pair = Pair(Held(np.array([[3.0]]), "F16"), Held(np.array([[-5.0]]), "F16"), Fraction(1, 2))
+    half = 2.0**-11
+    assert delta_norm(pair) == 7.5
+    assert relative_room(pair) == pytest.approx(2 * half + half * half, rel=1e-5)
+    assert relative_room(pair, "BF16") == pytest.approx(2 * 2.0**-8 + 2.0**-16, rel=1e-5)
+
 
 def test_pairs_of_other_shapes_are_infinitely_far_apart() -> None:
     assert relative_error(pairs()[MODULES[0]], pairs(out=7)[MODULES[0]]) == (float("inf"), 0.0)
@@ -112,6 +147,17 @@ def test_a_damaged_record_of_the_source_is_none(damaged: str) -> None:
     entry = {"": {"alpha": "1", "rank": 4}}
     assert source_record({"loraconv.origin": json.dumps(entry)}, None) == entry
     assert source_record({}, {"loraconv": {"origin": entry}}) == entry
+
+
+def test_a_table_of_positions_of_another_size_is_another_table() -> None:
+    config = {
+        "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2, "sample_frames": 9,
+        "sample_height": 4, "sample_width": 6, "temporal_compression_ratio": 4, "max_text_seq_length": 5,
+    }  # fmt: skip
+    right = (1, 5 + 3 * 2 * 3, 16)
+    for shape in (right[1:], (1, right[1] + 1, 16), (1, right[1], 8)):
+        fine, gap, _ = agrees(SimpleNamespace(dtype="F32", shape=shape), config)  # type: ignore[arg-type]
+        assert (fine, gap) == (False, float("inf"))
 
 
 def test_magnitudes_of_another_size_differ_and_of_another_shape_do_not() -> None:
