@@ -39,7 +39,7 @@ SCOPE = ("src/loraconv/rules.py", "src/loraconv/verifier")
 #: The test files that reach the scope without a process of their own.
 TESTS = (
     "consumers", "difference", "extension", "forward", "fuse", "proof", "registry", "report_html", "roundtrip", "rules",
-    "sat2diffusers", "spectrum", "verify", "verify_changes", "verify_forward", "verify_fused",
+    "sat2diffusers", "spectrum", "verifier_parts", "verify", "verify_changes", "verify_forward", "verify_fused",
 )  # fmt: skip
 #: Seconds of processor time a mutant may take besides five times that of its tests.
 GRACE = 30

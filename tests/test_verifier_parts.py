@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
+import loraconv
 from loraconv.errors import ProofFailed
 from loraconv.verifier.consumers.prediction import read_with
 from loraconv.verifier.consumers.reading import AdapterFile, Reading
@@ -52,6 +54,16 @@ def test_a_proof_that_sees_nothing_misses_every_control(out: int, into: int) -> 
     controls = adapter_controls(expected, given, lambda part, spoilt: "")
     assert len(controls) == 8
     assert [control.caught for control in controls] == [False] * 8
+
+
+@pytest.mark.parametrize(("up", "down"), [(0.0, np.nan), (np.nan, 1.0), (0.0, 1.0)])
+def test_a_mistake_that_leaves_every_number_or_nan_as_it_is_is_harmless(up: float, down: float) -> None:
+    given = {m: Pair(Held(np.full((2, 8), down), "F32"), Held(np.full((6, 2), up), "F32"), 1) for m in MODULES}
+    expected = Expectation(given, dict.fromkeys(given, ("F32", "F32")))
+    controls = {c.name: c.caught for c in adapter_controls(expected, given, lambda part, spoilt: "")}
+    harmless = {"scale doubled", "scale divided by rank", "up zeroed", "stored in a lower precision"}
+    harmless |= {"q and k swapped", "layers shifted by one"}  # every module is the same here
+    assert {name for name, caught in controls.items() if caught is None} == harmless
 
 
 def test_a_comparison_with_a_bound_that_lets_everything_pass_misses_what_the_bound_lets_pass() -> None:
@@ -158,6 +170,28 @@ def test_a_table_of_positions_of_another_size_is_another_table() -> None:
     for shape in (right[1:], (1, right[1] + 1, 16), (1, right[1], 8)):
         fine, gap, _ = agrees(SimpleNamespace(dtype="F32", shape=shape), config)  # type: ignore[arg-type]
         assert (fine, gap) == (False, float("inf"))
+
+
+LOST_TABLES: dict[str, tuple[str, Any, str]] = {
+    "whole numbers": ("pos_embed.table", np.arange(12).reshape(3, 4), "table-lost"),
+    "a single row": ("pos_embed.table", np.ones(4, np.float32), "table-lost"),
+    "no columns": ("pos_embed.table", np.ones((3, 0), np.float32), "table-lost"),
+    "sines beside cosines": ("pos_embed.table", np.array([[0, 0], [0.6, 0.8]], np.float32), "table-uncomputed"),
+    "ones, which are no sines and cosines": ("pos_embed.table", np.ones((3, 4), np.float32), "table-lost"),
+    "frequencies by their name": ("rope.inv_freq", np.array([1, 0.1], np.float32), "table-uncomputed"),
+    "cosines by their name": ("rope.freqs_cos", np.full((2, 2), 0.3, np.float32), "table-uncomputed"),
+}
+
+
+@pytest.mark.parametrize("case", LOST_TABLES)
+def test_a_table_of_positions_that_is_gone_was_learned_or_computed(tmp_path: Path, case: str) -> None:
+    name, table, slug = LOST_TABLES[case]
+    other = {"weight": np.ones((2, 2), np.float32)}
+    save_arrays(other | {name: table}, tmp_path / "before.safetensors")
+    save_arrays(other, tmp_path / "after.safetensors")
+    files = {when: tmp_path / f"{when}.safetensors" for when in ("before", "after")}
+    result = loraconv.verify(**files, expect="identical")
+    assert [finding.slug for finding in result.findings] == [slug]
 
 
 def test_magnitudes_of_another_size_differ_and_of_another_shape_do_not() -> None:
