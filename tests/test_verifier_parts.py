@@ -26,7 +26,7 @@ from loraconv.verifier.delta import compare_adapters, delta_norm, relative_room
 from loraconv.verifier.fused.controls import OneBit
 from loraconv.verifier.fused.figures import LAYOUT
 from loraconv.verifier.numbers import HALF_ULP, Expectation, Held, Pair, compare, relative_error
-from loraconv.verifier.oracles import peft_pairs, sat_pairs
+from loraconv.verifier.oracles import peft_pairs, rank_distances, sat_pairs
 from loraconv.verifier.origin import source_record
 from loraconv.verifier.positions import agrees
 from loraconv.verifier.spelled import compare_magnitudes
@@ -153,6 +153,38 @@ def test_a_key_that_the_definition_of_peft_does_not_have_is_refused(name: str) -
         peft_pairs([good | {f"base_model.model.{name}": held(2, 2)}], {}, {}, None)
 
 
+class Stored:
+    """A float64 tensor in one piece."""
+
+    dtype = "F64"
+
+    def __init__(self, array: Any) -> None:
+        self.array, self.shape = array, array.shape
+
+    def pieces(self) -> Iterator[bytes]:
+        yield self.array.tobytes()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("query_key_value", "to_q"), ("dense", "to_out.0")])
+def test_how_far_the_nearest_adapter_is_from_what_each_rank_computed(kind: str, name: str) -> None:
+    """Of q, a rank makes half of the rows; of the output projection it sees half of the columns, and adds nothing for
+    the others. The nearest adapter to both is the mean of what they make."""
+    rng = np.random.default_rng(3)
+    downs, ups = rng.normal(size=(2, 2, 6)), rng.normal(size=(2, 5, 2))
+    place = f"model.diffusion_model.transformer.layers.0.attention.{kind}.matrix_"
+    ranks: Any = [{f"{place}A.0": Stored(a), f"{place}B.0": Stored(b)} for a, b in zip(downs, ups, strict=True)]
+    gaps = []
+    for rank in (0, 1):
+        own = ups[rank] @ downs[rank]
+        if kind == "query_key_value":
+            gap = own - ups[rank] @ downs.mean(axis=0)
+        else:
+            seen = np.concatenate([own * (rank == 0), own * (rank == 1)], axis=1)
+            gap = seen - ups.mean(axis=0) @ np.concatenate(downs, axis=1) / 2
+        gaps.append(np.linalg.norm(gap) / np.linalg.norm(own))
+    assert rank_distances(ranks) == {name: pytest.approx(max(gaps), rel=1e-9)}
+
+
 @pytest.mark.parametrize("damaged", ["", "[1]", "3", '{"": ', "[" * 100_000])
 def test_a_damaged_record_of_the_source_is_none(damaged: str) -> None:
     assert source_record({"loraconv.origin": damaged}, None) == {}
@@ -192,6 +224,20 @@ def test_a_table_of_positions_that_is_gone_was_learned_or_computed(tmp_path: Pat
     files = {when: tmp_path / f"{when}.safetensors" for when in ("before", "after")}
     result = loraconv.verify(**files, expect="identical")
     assert [finding.slug for finding in result.findings] == [slug]
+
+
+def test_what_a_lora_run_did_as_it_should_is_told(tmp_path: Path) -> None:
+    layer, one = "transformer.layers.0.attention.dense", np.ones((2, 2), np.float32)
+    factors = {f"{layer}.matrix_{side}.0": one * (side == "A") for side in "AB"}
+    save_arrays({f"{layer}.weight": one}, tmp_path / "before.safetensors")
+    save_arrays({f"{layer}.original.weight": one} | factors, tmp_path / "after.safetensors")
+    files = {when: tmp_path / f"{when}.safetensors" for when in ("before", "after")}
+    result = loraconv.verify(**files, expect="only-lora")
+    assert result.same
+    told = "\n".join(result.notices)
+    assert f"1 weights have the mark of an adapted layer now, with the same bytes: {layer}.weight" in told
+    assert "2 LoRA factors: new" in told
+    assert "every up factor is zero" in told
 
 
 def test_magnitudes_of_another_size_differ_and_of_another_shape_do_not() -> None:
