@@ -24,7 +24,8 @@ from loraconv.verifier.consumers.table import CONSUMERS
 from loraconv.verifier.controls import adapter_controls, comparison_controls
 from loraconv.verifier.delta import compare_adapters, delta_norm, relative_room
 from loraconv.verifier.fused.controls import OneBit
-from loraconv.verifier.fused.figures import LAYOUT
+from loraconv.verifier.fused.figures import LAYOUT, Figures, spacing
+from loraconv.verifier.fused.figures import truncated as cut_off
 from loraconv.verifier.numbers import HALF_ULP, Expectation, Held, Pair, compare, relative_error
 from loraconv.verifier.oracles import peft_pairs, rank_distances, sat_pairs
 from loraconv.verifier.origin import source_record
@@ -118,6 +119,57 @@ def test_the_room_of_a_stored_number_is_half_a_unit_and_hardly_more(dtype: str) 
         one = Pair(Held(np.ones((1, 1)), dtype), Held(exact[None], "F64"), 1)
         other = Pair(Held(np.ones((1, 1)), dtype), Held(np.ones((1, 1)), dtype), 1)
         assert compare(one, other).within is right
+
+
+def test_the_figures_of_two_blocks_add_up_and_the_worst_row_is_that_of_the_worse() -> None:
+    one = Figures(1, 2, 3, 4, 5, 6, 7.0, 8.0, 9.0, 10.0, worst_row=11, worst=3)
+    other = Figures(10, 20, 30, 40, 50, 60, 2.0, 80.0, 90.0, 100.0, worst_row=99, worst=4)
+    for both in (one + other, other + one):
+        assert both == Figures(11, 22, 33, 44, 55, 66, 7.0, 88.0, 99.0, 110.0, worst_row=99, worst=4)
+    assert (one + Figures(worst_row=50, worst=3)).worst_row == 11
+    assert sum([one, other], Figures()) == one + other
+    assert Figures() + Figures(worst_row=50) == Figures(worst_row=0)
+
+
+@pytest.mark.parametrize(
+    ("figures", "right"),
+    [
+        (Figures(elements=1000, changed=1000), True),
+        (Figures(elements=1000, changed=1000, wrong=1), True),
+        (Figures(elements=1000, changed=1000, wrong=2), False),
+        (Figures(elements=10_000, changed=10, wrong=1), True),
+        (Figures(elements=10_000, changed=9, wrong=1), False),
+        (Figures(elements=1000, changed=1000, wrong=1, far=1), False),
+        (Figures(), True),
+    ],
+)
+def test_few_numbers_may_be_off_by_one_unit_and_none_farther(figures: Figures, right: bool) -> None:
+    assert figures.rounded_once is right
+
+
+def test_error_and_share_of_the_delta_are_relative_to_it() -> None:
+    figures = Figures(along=6.0, size=4.0, rest=36.0)
+    assert (figures.error, figures.kept) == (3.0, 1.5)
+    assert (Figures(rest=36.0).error, Figures(rest=36.0).kept) == (6.0, None)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+def test_numbers_are_cut_off_towards_zero(dtype: str) -> None:
+    unit = torch.finfo(TORCH[dtype]).eps
+    exact = np.array([1 + 0.9 * unit, -1 - 0.9 * unit, 1 + 0.1 * unit, 2 - 0.1 * unit, 1.0, 0.0, -(1 - 0.1 * unit)])
+    right = [1.0, -1.0, 1.0, 2 - unit, 1.0, 0.0, -(1 - 0.5 * unit)]
+    assert cut_off(exact, dtype).tolist() == right
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+def test_half_the_gap_and_one_unit_of_a_number(dtype: str) -> None:
+    """Below a power of two the numbers stand twice as close; below the smallest normal number no closer."""
+    unit, tiny = torch.finfo(TORCH[dtype]).eps, torch.finfo(TORCH[dtype]).tiny
+    stored = np.array([1.0, 1.0, -1.0, 1.5, tiny, 0.0])
+    exact = np.array([1.0 + unit / 8, 1.0 - unit / 8, -1.0 + unit / 8, 1.4, tiny * 0.9999, tiny * unit / 8])
+    half, one = spacing(stored, exact, dtype)
+    assert half.tolist() == [unit / 2, unit / 4, unit / 4, unit / 2, tiny * unit / 2, tiny * unit / 2]
+    assert one.tolist() == [unit, unit / 2, unit / 2, unit, tiny * unit, tiny * unit]
 
 
 def test_what_two_factorings_may_differ_by_follows_from_the_roundings_of_the_factors() -> None:
@@ -224,6 +276,17 @@ def test_a_table_of_positions_that_is_gone_was_learned_or_computed(tmp_path: Pat
     files = {when: tmp_path / f"{when}.safetensors" for when in ("before", "after")}
     result = loraconv.verify(**files, expect="identical")
     assert [finding.slug for finding in result.findings] == [slug]
+
+
+@pytest.mark.parametrize(("shift", "equal"), [([0, 0, 0], 1), ([-(2.0**-12), 0, 0], 1), ([0, 0, 0.003], 0)])
+def test_magnitudes_in_another_dtype_may_be_rounded_once(shift: list[float], equal: int) -> None:
+    """At 1, half a unit of float16 is 2**-11, at 3 it is 2**-10; NaN and infinity stay what they are."""
+    exact = np.array([1.0, 1.0 + 2.0**-11, 3.0, np.nan, np.inf])
+    stored = np.array([1.0, 1.0, 3.0, np.nan, np.inf]) + np.array([*shift, 0, 0])
+    one, other = {"q": Held(exact, "F32")}, {"q": Held(stored, "F16")}
+    assert compare_magnitudes(one, other)[0].equal == equal  # type: ignore[arg-type]
+    assert compare_magnitudes(other, one)[0].equal == equal  # type: ignore[arg-type]
+    assert compare_magnitudes(one, {"q": Held(stored, "F32")})[0].equal == 0  # type: ignore[arg-type]
 
 
 def test_what_a_lora_run_did_as_it_should_is_told(tmp_path: Path) -> None:
