@@ -235,6 +235,10 @@ def cover(root: Path, work: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def file_of(test: str) -> str:
+    return test.partition("::")[0]
+
+
 class Coverage:
     """Which tests reach a line, in the order in which they are worth running."""
 
@@ -248,14 +252,16 @@ class Coverage:
                 self.by_file.setdefault(path, set()).add(test)
 
     def of(self, mutant: Mutant) -> list[str]:
-        """The tests that reach the statement; of one that runs at import, those that reach the file or its folder."""
+        """The tests that reach the statement. Of one that runs at import, those of every test file that reaches its file
+        (or its folder, where nothing in the file runs later): a test of a table may look at it and run nothing."""
         first, last = mutant.lines
         found = set().union(*(self.by_line.get((mutant.path, line), ()) for line in range(first, last + 1)))
         if not mutant.in_function:
             folder = mutant.path.rpartition("/")[0]
             near = (tests for path, tests in self.by_file.items() if path.rpartition("/")[0] == folder)
-            found |= self.by_file.get(mutant.path) or set().union(*near)
-        ordered = sorted(found, key=lambda t: (round(math.log2(self.cost([t]) + 0.05)), t.partition("::")[0], t))
+            files = {file_of(test) for test in self.by_file.get(mutant.path) or set().union(*near)}
+            found |= {test for test in self.tests if file_of(test) in files}
+        ordered = sorted(found, key=lambda t: (round(math.log2(self.cost([t]) + 0.05)), file_of(t), t))
         costs = list(itertools.accumulate(self.cost([test]) for test in ordered))
         return [test for test, cost in zip(ordered, costs, strict=True) if cost <= BUDGET or test == ordered[0]]
 
@@ -276,7 +282,7 @@ class Bench:
         """The tests that fail, up to the first; ``[STOPPED]`` where they take too long, or the process breaks down."""
         failed = self.work / "failed"
         failed.write_text("", encoding="utf-8")
-        files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+        files = list(dict.fromkeys(map(file_of, tests)))
         plugin = Chosen(tests, failed)
         limit = GRACE + 5 * self.coverage.cost(tests)
         code = forked(lambda: run_tests(self.root, files, plugin, "-x"), limit, self.work / "log")

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import loraconv
 from loraconv.errors import ProofFailed
+from loraconv.verifier.changes.renames import match_content, match_names
+from loraconv.verifier.consumers.inputs import COMPUTE, described, distance, make_inputs, rounding_bound
 from loraconv.verifier.consumers.prediction import read_with
 from loraconv.verifier.consumers.reading import AdapterFile, Reading
 from loraconv.verifier.consumers.recorded import ForwardCheck, compare_forward
@@ -289,6 +291,41 @@ def test_magnitudes_in_another_dtype_may_be_rounded_once(shift: list[float], equ
     assert compare_magnitudes(one, {"q": Held(stored, "F32")})[0].equal == 0  # type: ignore[arg-type]
 
 
+RENAMES: dict[str, tuple[list[str], list[str], dict[str, str]]] = {
+    "the mark of a wrapper": (["a.b.weight"], ["a.b.original.weight"], {"a.b.weight": "a.b.original.weight"}),
+    "two that would be one": (["a.b.weight"], ["a.b.original.weight", "a.b.base_layer.weight"], {}),
+    "a prefix": (["x.q.w", "x.k.w"], ["y.z.q.w", "y.z.k.w"], {"x.q.w": "y.z.q.w", "x.k.w": "y.z.k.w"}),
+    "a prefix of one name alone": (["x.q.w"], ["y.q.w"], {}),
+    "a prefix of fewer than half": (
+        ["x.q.w", "x.k.w", *(f"old{n}" for n in range(4))], ["y.q.w", "y.k.w", *(f"new{n}" for n in range(4))], {},
+    ),
+    "a prefix of two parts": (
+        ["a.q.w", "a.k.w", "b.m.w", "b.n.w"], ["c.q.w", "c.k.w", "d.m.w", "d.n.w"],
+        {"a.q.w": "c.q.w", "a.k.w": "c.k.w", "b.m.w": "d.m.w", "b.n.w": "d.n.w"},
+    ),
+    "one step in common is not enough": (["x.w1", "x.w2"], ["y.w1", "y.w2"], {}),
+    "a prefix and the same names": (["s.w", "x.q.w", "x.k.w"], ["s.w", "q.w", "k.w"],
+        {"s.w": "s.w", "x.q.w": "q.w", "x.k.w": "k.w"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RENAMES)
+def test_names_are_matched_by_the_mark_and_by_the_prefix_that_explains_most(case: str) -> None:
+    before, after, matched = RENAMES[case]
+    assert match_names(before, after) == matched
+
+
+def test_content_is_matched_in_order_where_as_many_names_hold_it() -> None:
+    a, b = Stored(np.arange(4.0)), Stored(np.arange(4.0) + 1)
+    square = Stored(np.arange(4.0).reshape(2, 2))
+    before: Any = {"one": a, "two": b, "three": b, "four": square}
+    after: Any = {"x": b, "y": a, "z": b, "v": b}
+    assert match_content(before, after) == {"one": "y"}
+    del after["v"]
+    assert match_content(before, after) == {"one": "y", "two": "x", "three": "z"}
+
+
 def test_what_a_lora_run_did_as_it_should_is_told(tmp_path: Path) -> None:
     layer, one = "transformer.layers.0.attention.dense", np.ones((2, 2), np.float32)
     factors = {f"{layer}.matrix_{side}.0": one * (side == "A") for side in "AB"}
@@ -341,6 +378,62 @@ def test_a_file_that_comfyui_cannot_take_apart_is_refused_with_the_key() -> None
     assert half.error == f"{module}.lora_down.weight"
     many = said("ComfyUI", whole | {f"{module}.alpha": held(2)})
     assert f"{module}.alpha" in many.why
+
+
+# --- forward passes -------------------------------------------------------------------------------------------------
+
+
+def config_of(**changes: Any) -> Any:
+    given: dict[str, Any] = {
+        "num_layers": 2, "num_attention_heads": 3, "attention_head_dim": 8, "in_channels": 4, "patch_size": 2,
+        "patch_size_t": None, "max_text_seq_length": 5, "text_embed_dim": 10, "ofs_embed_dim": None,
+        "sample_height": 8, "sample_width": 12, "use_learned_positional_embeddings": False,
+        "use_rotary_positional_embeddings": False,
+    }  # fmt: skip
+    return SimpleNamespace(**given | changes)
+
+
+def test_inputs_are_seeded_and_as_small_as_the_configuration_allows() -> None:
+    made = make_inputs(config_of(), "float32")
+    noise = torch.Generator().manual_seed(0)
+    assert set(made) == {"hidden_states", "encoder_hidden_states", "timestep"}
+    assert torch.equal(made["hidden_states"], torch.randn((1, 2, 4, 4, 6), generator=noise))
+    assert torch.equal(made["encoder_hidden_states"], torch.randn((1, 5, 10), generator=noise))
+    assert described(made, "fp32") == "latents 1x2x4x4x6, 5 text tokens, timestep 500, seed 0, computed in fp32"
+    assert made["timestep"].tolist() == [500]
+    rotary = {"use_rotary_positional_embeddings": True, "attention_head_dim": 16}
+    deep = make_inputs(config_of(patch_size_t=2, ofs_embed_dim=8, **rotary), "bfloat16")
+    assert (deep["hidden_states"].shape, deep["hidden_states"].dtype) == ((1, 4, 4, 4, 6), torch.bfloat16)
+    assert (deep["ofs"].tolist(), deep["ofs"].dtype) == ([2.0], torch.bfloat16)
+    assert [table.shape for table in deep["image_rotary_emb"]] == [(2 * 2 * 3, 16)] * 2
+    learned = make_inputs(config_of(use_learned_positional_embeddings=True), "float16")
+    assert learned["hidden_states"].shape == (1, 2, 4, 8, 12)
+
+
+def test_the_bound_of_a_forward_pass_counts_every_term_and_every_result_once() -> None:
+    """By hand: 17 tokens (5 of text, 2 frames of 2 x 3 patches); a block sums 9 * 24 + 8 + 17 = 241 terms and stores 18
+    results; outside of them, 4 * 24 terms, the patches' 4 * 2 * 2, and 8 results. With two frames to a patch: 11 tokens
+    of 1 frame, and patches of 32 numbers."""
+    unit = 2.0**-8
+    for changes, terms in (({}, 2 * 241 + 96 + 16), ({"patch_size_t": 2}, 2 * (216 + 8 + 11) + 96 + 32)):
+        inputs = {"hidden_states": np.zeros((1, 2, 4, 4, 6))}
+        variance = (terms * (2.0**-24) ** 2 + (2 * 18 + 8) * unit**2) / 3
+        bound = rounding_bound(config_of(**changes), inputs, unit)
+        assert bound == pytest.approx(6 * np.sqrt(2 * variance), rel=1e-12)
+        bare = rounding_bound(config_of(**changes), inputs, 0.0)
+        assert bare == pytest.approx(6 * np.sqrt(2 * terms / 3) * 2.0**-24, rel=1e-12)
+
+
+def test_the_units_of_what_is_computed_in_are_torchs() -> None:
+    assert dict(COMPUTE.values()) == {
+        name: torch.finfo(getattr(torch, name)).eps / 2 for name in ("float32", "float16", "bfloat16")
+    }
+
+
+def test_the_distance_of_two_outputs_is_relative_to_the_second() -> None:
+    one, other = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
+    assert distance(one, other) == pytest.approx(np.sqrt(13) / 2)
+    assert distance(one * torch.nan, other) == distance(one, other * 0) == float("inf")
 
 
 # --- recorded forward passes ----------------------------------------------------------------------------------------
