@@ -70,7 +70,7 @@ def mutants(root: Path, path: str) -> list[Mutant]:
         before = ast.unparse(change.shown)
         with change.made():
             after = ast.unparse(change.shown)
-        told = f"{change.shown.lineno}: {before}  ->  {after}"
+        told = f"{change.shown.lineno}: {before}  ->  {after if after != before else 'nothing'}"
         found.append(Mutant(path, len(found), _lines(change.inside), change.in_function, told))
     return found
 

@@ -252,8 +252,8 @@ class Coverage:
                 self.by_file.setdefault(path, set()).add(test)
 
     def of(self, mutant: Mutant) -> list[str]:
-        """The tests that reach the statement. Of one that runs at import, those of every test file that reaches its file
-        (or its folder, where nothing in the file runs later): a test of a table may look at it and run nothing."""
+        """The tests that reach the statement. Of one that runs at import, those of every test file that reaches its
+        file (or its folder, where nothing in the file runs later): a test of a table may look at it and run nothing."""
         first, last = mutant.lines
         found = set().union(*(self.by_line.get((mutant.path, line), ()) for line in range(first, last + 1)))
         if not mutant.in_function:
