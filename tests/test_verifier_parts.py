@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import loraconv
 from loraconv.errors import ProofFailed
 from loraconv.verifier.changes.renames import match_content, match_names
+from loraconv.verifier.config import expected_config
 from loraconv.verifier.consumers.inputs import COMPUTE, described, distance, make_inputs, rounding_bound
 from loraconv.verifier.consumers.prediction import read_with
 from loraconv.verifier.consumers.reading import AdapterFile, Reading
@@ -245,6 +246,42 @@ def test_a_damaged_record_of_the_source_is_none(damaged: str) -> None:
     entry = {"": {"alpha": "1", "rank": 4}}
     assert source_record({"loraconv.origin": json.dumps(entry)}, None) == entry
     assert source_record({}, {"loraconv": {"origin": entry}}) == entry
+
+
+#: config.json of THUDM/CogVideoX-2b and of the transformer of THUDM/CogVideoX1.5-5B-I2V.
+TWO_B = {
+    "_class_name": "CogVideoXTransformer3DModel", "activation_fn": "gelu-approximate", "attention_bias": True,
+    "attention_head_dim": 64, "dropout": 0.0, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 16,
+    "max_text_seq_length": 226, "norm_elementwise_affine": True, "norm_eps": 1e-05, "num_attention_heads": 30,
+    "num_layers": 30, "ofs_embed_dim": None, "out_channels": 16, "patch_bias": True, "patch_size": 2,
+    "patch_size_t": None, "sample_frames": 49, "sample_height": 60, "sample_width": 90,
+    "spatial_interpolation_scale": 1.875, "temporal_compression_ratio": 4, "temporal_interpolation_scale": 1.0,
+    "text_embed_dim": 4096, "time_embed_dim": 512, "timestep_activation_fn": "silu",
+    "use_learned_positional_embeddings": False, "use_rotary_positional_embeddings": False,
+}  # fmt: skip
+ONE_AND_A_HALF = TWO_B | {
+    "in_channels": 32, "num_attention_heads": 48, "num_layers": 42, "ofs_embed_dim": 512, "patch_bias": False,
+    "patch_size_t": 2, "sample_frames": 81, "sample_height": 300, "sample_width": 300,
+    "use_rotary_positional_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("released", [TWO_B, ONE_AND_A_HALF], ids=["2B", "1.5 I2V"])
+def test_a_released_model_without_settings_has_the_released_configuration(released: dict[str, Any]) -> None:
+    width, depth = released["num_attention_heads"] * 64, released["patch_size_t"] or 1
+    shapes: dict[str, tuple[int, ...]] = {
+        "mixins.final_layer.linear.weight": (16 * 2 * 2 * depth, width),
+        "mixins.adaln_layer.query_layernorm_list.0.weight": (64,),
+        "mixins.patch_embed.proj.weight": (width, released["in_channels"], depth, 2, 2),
+        "mixins.patch_embed.text_proj.weight": (width, 4096),
+        "time_embed.0.weight": (512, width),
+        "transformer.final_layernorm.weight": (width,),
+    }
+    shapes |= {f"transformer.layers.{n}.input_layernorm.weight": (width,) for n in range(released["num_layers"])}
+    shapes |= {"mixins.pos_embed.freqs_sin": (1, 64)} if released["use_rotary_positional_embeddings"] else {}
+    shapes |= {"ofs_embed.0.weight": (512, 512)} if released["ofs_embed_dim"] else {}
+    tensors: Any = {f"model.diffusion_model.{n}": SimpleNamespace(shape=shape) for n, shape in shapes.items()}
+    assert expected_config(tensors, None) == released
 
 
 def test_a_table_of_positions_of_another_size_is_another_table() -> None:
