@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from loraconv.source import open_source
 from loraconv.verification.consumers import ConsumersResult, Use, verify_consumers
 from loraconv.verifier.consumers.prediction import read_with
 from loraconv.verifier.consumers.reading import AdapterFile, Reading
-from loraconv.verifier.consumers.table import CONFIG_FIELDS, CONSUMERS, MODULES, ByName
+from loraconv.verifier.consumers.table import CONFIG_FIELDS, CONSUMERS, DEFAULTS, FOLLOWED, MODULES, NOTES, ByName
 from tests import consumer_run
 from tests import consumer_zoo as zoo_of
 from tests.cli_support import tiny_run
@@ -135,6 +136,27 @@ def test_the_zoo_holds_every_outcome(installed: dict[str, Any]) -> None:
 
 def test_the_fields_of_a_configuration_are_those_of_the_installed_peft(installed: dict[str, Any]) -> None:
     assert set(installed["fields"]) == set(CONFIG_FIELDS)
+
+
+def test_the_defaults_of_a_configuration_are_those_of_the_installed_peft() -> None:
+    from peft import LoraConfig
+
+    computed_from = {n: v for n, v in asdict(LoraConfig()).items() if n not in FOLLOWED | NOTES}
+    assert {n: v for n, v in computed_from.items() if v not in (None, False, [], {})} == DEFAULTS
+
+
+#: Release of peft -> the fields that it added, as its ``LoraConfig`` and the classes above it declare them.
+ADDED_FIELDS: dict[str, list[str]] = json.loads((FIXTURES / "peft_fields.json").read_text())
+
+
+def fields_of(peft: Version) -> set[str]:
+    return {name for release, added in ADDED_FIELDS.items() if version(release) <= peft for name in added}
+
+
+@pytest.mark.parametrize("release", ADDED_FIELDS)
+def test_the_table_knows_since_when_peft_has_a_field(release: str) -> None:
+    peft = version(release)
+    assert {name for name, since in CONFIG_FIELDS.items() if since <= peft} == fields_of(peft)
 
 
 def test_the_modules_are_those_of_the_real_models() -> None:
@@ -251,6 +273,7 @@ def test_the_table_says_what_an_older_release_does(release: str, zoo: dict[str, 
     observed = observe(environment(tmp_path / "venv", f"diffusers=={release}", *RELEASES[release][1]), zoo)
     assert observed["diffusers"] == release
     peft, wrong = version(observed["peft"]), {}
+    assert set(observed["fields"]) == fields_of(peft)
     for name, was in observed["found"].items():
         row = row_of(name, release)
         wrong[name] = disagreement(zoo[name], row, was, peft) if row else ""

@@ -66,6 +66,14 @@ def test_the_distance_of_two_products_is_that_of_extended_precision(case: str) -
     assert abs(difference_norm(up, down, other_up, other_down) - exact) <= allowed
 
 
+@pytest.mark.parametrize("apart", [1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-9, 0])
+def test_columns_that_are_nearly_alike_leave_six_digits(apart: float) -> None:
+    up = UP[:, :1] + UP[:, 1:2] * [0, apart]
+    for other_up in (UP[:, :2], UP[:, 2:4]):
+        exact = np.linalg.norm(up @ DOWN[:2] - other_up @ DOWN[2:4])
+        assert difference_norm(up, DOWN[:2], other_up, DOWN[2:4]) == pytest.approx(exact, rel=1e-6)
+
+
 def test_what_rounding_leaves_between_two_factorings_is_measured_to_many_digits() -> None:
     up, down, other_up, other_down = CASES["factored otherwise and rounded"]
     exact = np.linalg.norm(up @ down - other_up @ other_down)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections.abc import Callable, Iterable
@@ -624,6 +625,56 @@ def test_an_error_about_the_source_stays_what_it_is(run: Path, tmp_path: Path, m
         convert(tmp_path, run, "diffusers")
     monkeypatch.setattr(check, "prove_adapter", lambda *_, **__: {}["missing"])
     fails(tmp_path, run, "diffusers")
+
+
+def test_memory_that_runs_out_is_no_failed_proof(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(check, "prove_adapter", full)
+    with pytest.raises(MemoryError):
+        convert(tmp_path, run, "diffusers")
+
+
+@pytest.mark.parametrize("to", ["diffusers", "base"])
+@pytest.mark.parametrize("where", ["name", "shape", "header"])
+def test_a_header_that_the_safetensors_library_reads_differently_fails(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, where: str
+) -> None:
+    real = check.read_safetensors
+
+    def otherwise(file: Any) -> Any:
+        read = real(file)
+        name, ref = next(iter(read.tensors.items()))
+        rest = {n: t for n, t in read.tensors.items() if n != name}
+        if where == "header":
+            return replace(read, metadata={**read.metadata, "more": ""})
+        changed = {name + "x": ref} if where == "name" else {name: replace(ref, shape=(*ref.shape, 1))}
+        return replace(read, tensors={**changed, **rest})
+
+    monkeypatch.setattr(check, "read_safetensors", otherwise)
+    assert "safetensors library" in str(fails(tmp_path, run, to))
+
+
+def test_a_torch_file_that_holds_no_mapping_is_a_failed_proof(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = io.BytesIO()
+    torch.save([torch.zeros(1)], content)
+    monkeypatch.setattr(conversion, "write_torch", lambda file, *_: file.write(content.getvalue()))
+    assert "not a mapping" in fails(tmp_path, run, "sat").why
+
+
+def test_sats_own_settings_are_enough_without_a_record_beside_them(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bare(old: str) -> str:
+        value = yaml.safe_load(old)
+        del value["loraconv"]
+        return yaml.safe_dump(value)
+
+    plan_wrongly(monkeypatch, text("training_config.yaml", bare))
+    assert convert(tmp_path, run, "sat").is_dir()
 
 
 ACME = Dialect(

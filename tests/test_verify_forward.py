@@ -210,6 +210,37 @@ def test_nan_in_a_fused_model_is_named(converted: Converted, tmp_path: Path) -> 
     json.dumps(result.to_dict(), allow_nan=False)
 
 
+def test_nan_in_the_model_itself_proves_nothing(converted: Converted, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(converted(TWO_B, what="all") / "transformer", folder)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["proj_out.weight"][0, 0] = torch.nan
+    save_file(state, file, {"format": "pt"})
+    assert refused(lambda: verify_forward(folder, TWO_B.run)).slug == "nonfinite"
+
+
+def test_a_model_that_diffusers_does_not_load_is_refused_with_its_words(converted: Converted, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(converted(TWO_B, what="all") / "transformer", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_head_dim": config["attention_head_dim"] * 2}))
+    error = refused(lambda: verify_forward(folder, TWO_B.run))
+    assert error.slug == "not-loaded"
+    assert "the model" in error.what
+
+
+def test_an_adapter_that_peft_does_not_take_is_refused_with_its_words(converted: Converted, tmp_path: Path) -> None:
+    out = converted(TWO_B, what="all")
+    file = tmp_path / LORA_FILE
+    config = {"transformer.r": 4, "transformer.lora_alpha": 1, "transformer.nonsense": 1}
+    save_file(load_file(out / LORA_FILE), file, {"lora_adapter_metadata": json.dumps(config)})
+    error = refused(lambda: verify_forward(out / "transformer", file))
+    assert error.slug == "not-loaded"
+    assert "the adapter" in error.what
+    assert "could not be instantiated" in error.why
+
+
 def test_another_adapter_at_half_the_strength_is_named(converted: Converted, tmp_path: Path) -> None:
     out = converted(TWO_B, what="all")
     loraconv.convert(TWO_B.run, out=tmp_path / "half", to="diffusers", alpha=0.5)

@@ -188,6 +188,28 @@ def test_a_model_in_float64_is_proved_and_its_mistakes_are_found(tmp_path: Path)
     assert finding.slug == "precision"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_adapter_on_a_weight_that_is_no_square_is_proved(tmp_path: Path, dtype: str) -> None:
+    made = Made(dtype)
+    rng = np.random.default_rng(2)
+    shapes = (RANK, WIDTH), (2 * WIDTH, RANK)
+    down, up = (rng.normal(size=shape).astype(np.float32) / 8 for shape in shapes)
+    made.adapters = [{f"transformer_blocks.{layer}.ff.net.0.proj": (down, up) for layer in range(LAYERS)}]
+    result = verified(tmp_path, made, made.fused())
+    assert result.same
+    controls = {control.name: control for control in result.report.proof.controls}
+    assert (controls["a weight transposed"].caught, controls["a weight transposed"].by) == (True, "L0")
+    assert controls["delta transposed"].caught is None
+
+
+def test_of_an_adapter_that_adds_nothing_the_controls_say_that_they_change_nothing(tmp_path: Path) -> None:
+    made = Made(size=0.0)
+    controls = {c.name: c for c in verified(tmp_path, made, made.fused()).report.proof.controls}
+    for name in ("strength doubled", "scale divided by rank", "up zeroed", "q and k swapped"):
+        assert (controls[name].caught, controls[name].by) == (None, "it changes no number here")
+    assert controls["a flipped bit"].caught is True
+
+
 @pytest.mark.parametrize("strengths", [(1.0, 1.0), (0.8, -0.5)])
 def test_several_adapters_with_their_strengths_are_proved(tmp_path: Path, strengths: tuple[float, float]) -> None:
     made = Made("fp16", alphas=(3.0, 1.0), strengths=strengths)
@@ -504,6 +526,14 @@ def test_a_wrong_sum_of_adapters_is_explained(
     (finding,) = verified(tmp_path, made, made.fused(wrong)).findings
     assert finding.slug == slug
     assert words in finding.sentence
+
+
+def test_the_only_one_of_three_adapters_that_was_fused_is_named(tmp_path: Path) -> None:
+    made = Made(alphas=(3.0, 5.0, 2.0))
+    wrong = made.fused(lambda name, base, delta: base + made.factor(1) * made.products(1)[name])
+    (finding,) = verified(tmp_path, made, wrong).findings
+    assert finding.slug == "left-out"
+    assert "adapter 2 alone was fused" in finding.sentence
 
 
 def test_adapters_added_one_by_one_are_explained(tmp_path: Path) -> None:
@@ -861,6 +891,16 @@ def test_an_adapter_of_another_size_cannot_be_compared(tmp_path: Path) -> None:
         loraconv.verify(adapter, base, base=base)
     assert error.value.slug == "not-comparable"
     assert "[64, 64] in the base, [32, 32] by the adapter" in error.value.why
+
+
+def test_an_adapter_of_other_layers_cannot_be_compared(tmp_path: Path) -> None:
+    made = Made()
+    base, _ = made.write(tmp_path)
+    strange = {n.replace("transformer_blocks.", "transformer_blocks.1"): pair for n, pair in made.adapters[0].items()}
+    with pytest.raises(FormatError) as error:
+        loraconv.verify(write_adapter(tmp_path / "other.safetensors", strange, 2.0), base, base=base)
+    assert error.value.slug == "not-comparable"
+    assert "the base has no transformer_blocks.10.attn1." in error.value.why
 
 
 def test_a_model_with_other_names_cannot_be_compared(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ CONFIG_FIELDS: dict[str, tuple[int, int]] = {
     "monteclora_config":       (0, 20),
     "peft_type":               (0, 13),
     "peft_version":            (0, 18),
-    "qalora_group_size":       (0, 17),
+    "qalora_group_size":       (0, 16),
     "r":                       (0, 13),
     "rank_pattern":            (0, 13),
     "revision":                (0, 13),
@@ -192,7 +192,7 @@ CONFIG_FIELDS: dict[str, tuple[int, int]] = {
     "trainable_token_indices": (0, 15),
     "use_bdlora":              (0, 19),
     "use_dora":                (0, 13),
-    "use_qalora":              (0, 17),
+    "use_qalora":              (0, 16),
     "use_rslora":              (0, 13),
     "velora_config":           (0, 20),
 }  # fmt: skip

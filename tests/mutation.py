@@ -1,0 +1,388 @@
+"""How much the tests see: small mistakes in rules.py and in the verifier, and how many of them fail a test.
+
+    python tests/mutation.py --seed 1 --count 400
+
+draws mutants at random, the same share from every file, and runs for each, in a copy of the repository, the tests that
+reach its line, the fast ones first, until one fails. A mutant that takes far more processor time than its tests do is
+killed too. At the end the tests that failed are run on the untouched code, where they have to pass. Processes are
+forks of one that has torch and diffusers loaded; a mutant takes a second or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+from mutants import Mutant, mutants, spoilt
+
+ROOT = Path(__file__).resolve().parent.parent
+SCOPE = ("src/loraconv/rules.py", "src/loraconv/verifier")
+#: The test files that reach the scope without a process of their own.
+TESTS = (
+    "consumers", "difference", "extension", "forward", "fuse", "proof", "registry", "report_html", "roundtrip", "rules",
+    "sat2diffusers", "spectrum", "verifier_parts", "verify", "verify_changes", "verify_forward", "verify_fused",
+)  # fmt: skip
+#: Seconds of processor time a mutant may take besides five times that of its tests.
+GRACE = 30
+#: Seconds of processor time of the tests that a mutant is given at most, the fast ones first.
+BUDGET = 30
+#: What kills a mutant that takes too long, or breaks the process.
+STOPPED = "stopped"
+
+Lines = set[tuple[str, int]]
+
+
+class Trace:
+    """A plugin of pytest: which test that passes reaches which line in scope, and what it costs in processor time."""
+
+    def __init__(self, root: Path) -> None:
+        self.places = tuple(str(root / place) for place in SCOPE)
+        self.begin = len(str(root)) + 1
+        self.reached: Lines = set()
+        self.shared: Lines = set()
+        self.tests: dict[str, dict[str, Any]] = {}
+        self.known: dict[CodeType, bool] = {}
+
+    def _calls(self, frame: FrameType, event: str, arg: object) -> Any:
+        code = frame.f_code
+        if code not in self.known:
+            self.known[code] = code.co_filename.startswith(self.places)
+        return self._steps if self.known[code] else None
+
+    def _steps(self, frame: FrameType, event: str, arg: object) -> Any:
+        self.reached.add((frame.f_code.co_filename[self.begin :], frame.f_lineno))
+        return self._steps
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
+        forget_caches()
+        self.reached = set()
+        begin = processor_time()
+        threading.settrace(self._calls)
+        sys.settrace(self._calls)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)  # type: ignore[arg-type]
+            entry = self.tests.setdefault(item.nodeid, {"passed": False})
+            entry |= {"cost": processor_time() - begin, "lines": self.reached}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Iterator[Any]:
+        """What a fixture of several tests reaches, every test of the file reaches."""
+        before, self.reached = self.reached, set()
+        try:
+            return (yield)
+        finally:
+            if fixturedef.scope != "function":
+                self.shared |= self.reached
+            self.reached |= before
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.tests.setdefault(report.nodeid, {})["passed"] = report.passed
+
+    def told(self) -> dict[str, Any]:
+        """Test -> its cost and its lines, for those that passed."""
+        return {
+            test: {"cost": entry["cost"], "lines": sorted(entry["lines"] | self.shared)}
+            for test, entry in self.tests.items()
+            if entry["passed"]
+        }
+
+
+def processor_time() -> float:
+    """Seconds that this process and its children have run."""
+    return sum(os.times()[:4])
+
+
+def forget_caches() -> None:
+    """Empty what functions of loraconv remember, so that no test stands in the shade of an earlier one."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("loraconv."):
+            for value in list(vars(module).values()):
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+
+class Chosen:
+    """A plugin of pytest: only these tests, in this order; the name of the first that fails goes into a file."""
+
+    def __init__(self, tests: list[str], failed: Path) -> None:
+        self.order = {test: number for number, test in enumerate(tests)}
+        self.failed = failed
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda i: self.order[i.nodeid])
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            with self.failed.open("a", encoding="utf-8") as stream:
+                stream.write(report.nodeid + "\n")
+
+
+def run_tests(root: Path, files: Iterable[str], plugin: object, *options: str) -> int:
+    """pytest in this process, in the copy of the repository at ``root``."""
+    import hypothesis
+
+    os.chdir(root)
+    sys.path[:] = [str(root), str(root / "src"), *(p for p in sys.path if not p.startswith(str(ROOT)))]
+    hypothesis.settings.register_profile(
+        "mutation", deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+    )
+    hypothesis.settings.load_profile("mutation")
+    assert str(importlib.util.find_spec("loraconv").origin).startswith(str(root)), "another loraconv is in the way"
+    options = (
+        "-q",
+        f"--basetemp={root.parent / 'temp'}",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "timeout=0",
+        *options,
+    )
+    return int(pytest.main([*options, *files], plugins=[plugin]))
+
+
+def forked(work: Callable[[], int], seconds: float, log: Path) -> int:
+    """The exit status of ``work`` in a process of its own; not 0 if it takes over ``seconds`` of processor time."""
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 5))
+        stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        code = 3
+        try:
+            code = work()
+        finally:
+            os._exit(code)
+    until = time.monotonic() + 20 * seconds + 600
+    done, status = 0, 0
+    while not done and time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.02)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # what the child may have left, or the child itself
+    if not done:
+        os.waitpid(child, 0)
+        return 124
+    return os.waitstatus_to_exitcode(status)
+
+
+def copy(root: Path) -> None:
+    """The repository at ``root``, laid out so that no installed loraconv is needed."""
+    names = ("benchmarks", "converters", "docs", "fixtures", "src", "tests")
+    for name in names:
+        shutil.rmtree(root / name, ignore_errors=True)
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy2(path, root / path.name)
+    (root / "src/loraconv/converters").symlink_to(root / "converters")
+    (root / "src/loraconv/demo_run").symlink_to(root / "fixtures/sat/cogvideox-2b-t2v")
+
+
+def digest(paths: Iterable[Path]) -> str:
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update(str(path).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def cover(root: Path, work: Path) -> dict[str, dict[str, Any]]:
+    """Every test with its cost and the lines that it reaches; what is known from an earlier run is not run again."""
+    known = digest([*(root / "src").rglob("*.py"), *(root / "converters").rglob("*.py"), root / "tests/sat_run.py"])
+    found: dict[str, dict[str, Any]] = {}
+    for name in TESTS:
+        path = root / f"tests/test_{name}.py"
+        record = work / f"{name}-{known}-{digest([path])}.json"
+        if not record.exists():
+
+            def trace(path: Path = path, record: Path = record) -> int:
+                plugin = Trace(root)
+                run_tests(root, [str(path)], plugin)
+                record.write_text(json.dumps(plugin.told()), encoding="utf-8")
+                return 0
+
+            forked(trace, 3600, work / "trace.log")
+        found |= json.loads(record.read_text(encoding="utf-8"))
+        print(f"{name}: {len(found)} tests so far", file=sys.stderr, flush=True)
+    return found
+
+
+def file_of(test: str) -> str:
+    return test.partition("::")[0]
+
+
+class Coverage:
+    """Which tests reach a line, in the order in which they are worth running."""
+
+    def __init__(self, tests: dict[str, dict[str, Any]]) -> None:
+        self.tests = tests
+        self.by_line: dict[tuple[str, int], set[str]] = {}
+        self.by_file: dict[str, set[str]] = {}
+        for test, entry in tests.items():
+            for path, line in entry["lines"]:
+                self.by_line.setdefault((path, line), set()).add(test)
+                self.by_file.setdefault(path, set()).add(test)
+
+    def of(self, mutant: Mutant) -> list[str]:
+        """The tests that reach the statement. Of one that runs at import, those of every test file that reaches its
+        file (or its folder, where nothing in the file runs later): a test of a table may look at it and run nothing."""
+        first, last = mutant.lines
+        found = set().union(*(self.by_line.get((mutant.path, line), ()) for line in range(first, last + 1)))
+        if not mutant.in_function:
+            folder = mutant.path.rpartition("/")[0]
+            near = (tests for path, tests in self.by_file.items() if path.rpartition("/")[0] == folder)
+            files = {file_of(test) for test in self.by_file.get(mutant.path) or set().union(*near)}
+            found |= {test for test in self.tests if file_of(test) in files}
+        ordered = sorted(found, key=lambda t: (round(math.log2(self.cost([t]) + 0.05)), file_of(t), t))
+        costs = list(itertools.accumulate(self.cost([test]) for test in ordered))
+        return [test for test, cost in zip(ordered, costs, strict=True) if cost <= BUDGET or test == ordered[0]]
+
+    def cost(self, tests: Iterable[str]) -> float:
+        """Seconds of processor time, traced, which is a few times as long as without."""
+        return sum(self.tests[test]["cost"] for test in tests)
+
+
+class Bench:
+    """The copy of the repository in which mutants live and die."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.root = work, work / "copy"
+        copy(self.root)
+        self.coverage = Coverage(cover(self.root, work))
+
+    def run(self, tests: list[str]) -> list[str]:
+        """The tests that fail, up to the first; ``[STOPPED]`` where they take too long, or the process breaks down."""
+        failed = self.work / "failed"
+        failed.write_text("", encoding="utf-8")
+        files = list(dict.fromkeys(map(file_of, tests)))
+        plugin = Chosen(tests, failed)
+        limit = GRACE + 5 * self.coverage.cost(tests)
+        code = forked(lambda: run_tests(self.root, files, plugin, "-x"), limit, self.work / "log")
+        return failed.read_text(encoding="utf-8").split("\n")[:-1] or ([] if code == 0 else [STOPPED])
+
+    def killed_by(self, mutant: Mutant) -> str:
+        """The test that the mutant fails, empty if none does."""
+        tests = self.coverage.of(mutant)
+        if not tests:
+            return ""
+        path = self.root / mutant.path
+        before, times = path.read_bytes(), path.stat()
+        path.write_text(spoilt(self.root, mutant), encoding="utf-8")
+        try:
+            return next(iter(self.run(tests)), "")
+        finally:
+            path.write_bytes(before)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def draw(everything: list[Mutant], count: int, seed: int) -> list[Mutant]:
+    """A systematic sample: shuffled within each file, then every so manieth from a random start. In random order, so
+    that what a stopped run has done is a sample too."""
+    dice = random.Random(seed)
+    by_file: dict[str, list[Mutant]] = {}
+    for mutant in everything:
+        by_file.setdefault(mutant.path, []).append(mutant)
+    shuffled = [mutant for group in by_file.values() for mutant in dice.sample(group, len(group))]
+    step = len(shuffled) / count
+    start = dice.random() * step
+    drawn = [shuffled[int(start + number * step)] for number in range(count)]
+    return dice.sample(drawn, count)
+
+
+def interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return middle - half, middle + half
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--seed", type=int, default=1)
+    words.add_argument("--count", type=int, default=400, help="how many mutants to draw")
+    words.add_argument("--only", default="", help="only mutants whose name (path#number) has this in it")
+    words.add_argument("--but", type=Path, action="append", default=[], help="not those that this earlier --out tells")
+    words.add_argument("--out", type=Path, help="one line of JSON for each mutant; a run that was stopped goes on")
+    words.add_argument("--work", type=Path, help="a folder for the copy and for what each test reaches; kept")
+    options = words.parse_args()
+    work = options.work or Path(tempfile.mkdtemp(prefix="mutation-"))
+    work.mkdir(parents=True, exist_ok=True)
+    for name in ("hypothesis", "peft", "torch", "diffusers.pipelines.cogvideo.pipeline_cogvideox"):
+        importlib.import_module(name)
+    bench = Bench(work.resolve())
+    paths = [
+        str(p.relative_to(ROOT)) for place in SCOPE for p in sorted([*(ROOT / place).rglob("*.py")] or [ROOT / place])
+    ]
+    told = {name for path in options.but for name in results(path)}
+    everything = [m for path in paths for m in mutants(ROOT, path) if options.only in m.name and m.name not in told]
+    chosen = draw(everything, min(options.count, len(everything)), options.seed)
+    print(f"{len(everything)} mutants, {len(chosen)} drawn with seed {options.seed}", flush=True)
+    report(bench, chosen, options.out)
+
+
+def results(out: Path | None) -> dict[str, str]:
+    """What an earlier run, or this one before it was stopped, wrote into ``out``: mutant -> the test that kills it."""
+    if out is None or not out.exists():
+        return {}
+    told = map(json.loads, out.read_text(encoding="utf-8").splitlines())
+    return {line["name"]: line["killed by"] for line in told}
+
+
+def report(bench: Bench, chosen: list[Mutant], out: Path | None) -> None:
+    """Run the mutants, say which survive, and the figure."""
+    killers: dict[str, str] = results(out)
+    for number, mutant in enumerate(chosen):
+        if mutant.name in killers:
+            continue
+        begin = time.monotonic()
+        killers[mutant.name] = bench.killed_by(mutant)
+        line = {"name": mutant.name, "what": mutant.what, "killed by": killers[mutant.name]}
+        line |= {"tests": len(bench.coverage.of(mutant)), "seconds": round(time.monotonic() - begin, 1)}
+        if out is not None:
+            with out.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+        if not killers[mutant.name]:
+            print(f"[{number + 1}] survives {line['tests']} tests: {mutant.name} {mutant.what}", flush=True)
+    killers = {mutant.name: killers[mutant.name] for mutant in chosen}
+    tests = sorted({test for test in killers.values() if test not in ("", STOPPED)})
+    flaky = set()
+    for test in bench.run(tests):
+        flaky.add(test)
+        print(f"fails on the untouched code: {test}", flush=True)
+    alive = [name for name, test in killers.items() if not test or test in flaky]
+    share = 1 - len(alive) / len(chosen)
+    low, high = interval(share, len(chosen))
+    print(f"killed {len(chosen) - len(alive)} of {len(chosen)}: {share:.1%} (95 % interval {low:.1%} to {high:.1%})")
+
+
+if __name__ == "__main__":
+    main()
