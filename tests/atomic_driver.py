@@ -65,6 +65,7 @@ def terminate(*_: object) -> None:
 
 def main(options: dict[str, Any]) -> int:
     signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & has it ignored
     limit = options.pop("fsize", resource.RLIM_INFINITY)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
