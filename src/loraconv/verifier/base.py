@@ -188,11 +188,9 @@ def _names(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Lazy]) ->
 def _agrees(expected: Lazy, stored: Tensor, dtype: str | None) -> bool:
     if expected.shape != stored.shape:
         return False
-    if dtype is None and not isinstance(stored, Held):
-        return same_bytes(expected, stored)
     if dtype is None:
-        return _unchanged(expected, stored)
-    if dtype is not None and stored.dtype != dtype:
+        return _unchanged(expected, stored) if isinstance(stored, Held) else same_bytes(expected, stored)
+    if stored.dtype != dtype:
         return False
     one = values(expected).reshape(-1, 1)
     unit = Held(one[:1] * 0 + 1, "F64")
