@@ -334,8 +334,8 @@ def test_a_folder_without_weights_says_what_it_holds(tmp_path: Path) -> None:
     folder = model(tmp_path / "m")
     (folder / SINGLE).rename(folder / "diffusion_pytorch_model.bin")
     assert "pickled" in refused(folder, FormatError, "no-weights").why
-    (folder / "diffusion_pytorch_model.bin").rename(folder / "model.safetensors")
-    assert "model.safetensors" in refused(folder, FormatError, "no-weights").hint
+    (folder / "diffusion_pytorch_model.bin").rename(folder / "weights.safetensors")
+    assert "weights.safetensors" in refused(folder, FormatError, "no-weights").hint
     (tmp_path / "empty").mkdir()
     assert "empty" in refused(tmp_path / "empty", FormatError, "no-weights").why
 

@@ -11,10 +11,6 @@ from loraconv.lazy import TensorRef, nbytes
 from loraconv.model_folder import Model
 from loraconv.names import FLOAT_DTYPES
 
-#: diffusers' name of a file of weights, and of the index of several.
-WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -73,37 +69,46 @@ def plan_shards(
     model: Model, fused: Collection[str], dtype: str | None, limit: int | None
 ) -> tuple[list[Shard], dict[str, str]]:
     """``(shards, index)``: the base's files, or with ``limit`` (bytes) new ones; name and text of a new index, nothing
-    where the base's own or none serves. ``dtype`` (safetensors name) is for every floating tensor."""
+    where the base's own or none serves. ``dtype`` (safetensors name) is for every floating tensor. Tensors of ``model``
+    that lie in none of its files go behind those of the last one."""
     entries = {
         name: Entry(ref, dtype if dtype and ref.dtype in FLOAT_DTYPES else ref.dtype, name in fused)
         for name, ref in model.tensors.items()
     }
     if limit is not None:
         return _resharded(model, entries, limit)
-    shards = [
-        Shard(name, tuple(e for e in entries.values() if e.base.file is file), model.metadata[name])
-        for name, file in model.files.items()
-    ]
-    if model.index is None or all(entry.dtype == entry.base.dtype for entry in entries.values()):
+    own = set(map(id, model.files.values()))
+    foreign = [entry for entry in entries.values() if id(entry.base.file) not in own]
+    shards = []
+    for name, file in model.files.items():
+        inside = [entry for entry in entries.values() if entry.base.file is file]
+        if name == list(model.files)[-1]:
+            inside += foreign
+        if foreign or model.layout.pickled:  # as they come, wide dtypes might stand at odd places
+            inside = [entries[found] for found, _ in in_order((entry.name, entry.stored) for entry in inside)]
+        shards.append(Shard(model.layout.rewritten(name), tuple(inside), model.metadata[name]))
+    kept = all(entry.dtype == entry.base.dtype for entry in entries.values()) and not foreign
+    if model.index is None or (kept and not model.layout.pickled):
         return shards, {}
     listed = {entry.name: shard.name for shard in shards for entry in shard.entries}
-    return shards, {model.index: _index({"total_size": sum(shard.bytes for shard in shards)}, listed)}
+    index = model.layout.written_index if model.layout.pickled else model.index
+    return shards, {index: _index({"total_size": sum(shard.bytes for shard in shards)}, listed)}
 
 
 def _resharded(model: Model, entries: Mapping[str, Entry], limit: int) -> tuple[list[Shard], dict[str, str]]:
-    """As diffusers' ``save_pretrained`` does. A tensor larger than ``limit`` gets a shard of its own."""
+    """As ``save_pretrained`` does. A tensor larger than ``limit`` gets a shard of its own."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
     stored = {name: entries[name].stored for name in sorted(entries)}
     split = split_state_dict_into_shards_factory(
-        stored, get_storage_size=nbytes, filename_pattern=WEIGHTS, max_shard_size=limit
+        stored, get_storage_size=nbytes, filename_pattern=model.layout.written_pattern, max_shard_size=limit
     )
     metadata = {key: value for header in reversed(model.metadata.values()) for key, value in header.items()}
     shards = [
         Shard(file, tuple(entries[name] for name, _ in in_order((name, stored[name]) for name in names)), metadata)
         for file, names in split.filename_to_tensors.items()
     ]
-    return shards, {INDEX: _index(split.metadata, split.tensor_to_filename)} if split.is_sharded else {}
+    return shards, {model.layout.written_index: _index(split.metadata, split.tensor_to_filename)} if split.is_sharded else {}
 
 
 def _index(metadata: Mapping[str, object], listed: Mapping[str, str]) -> str:

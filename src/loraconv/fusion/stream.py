@@ -11,6 +11,7 @@ from functools import partial
 
 from loraconv.fusion.merging import BLOCK, Factors, Term, blocks, cast_rows, merge_rows, stack
 from loraconv.fusion.shards import Entry, Shard
+from loraconv.health import compare_crc
 from loraconv.io.atomic import OutputFile, OutputFolder
 from loraconv.io.crc import combine, crc32
 from loraconv.io.safetensors_write import header_of
@@ -66,7 +67,15 @@ def write_shards(
                         _write(file, run[0], made, written, progress)
             written.files[place + shard.name] = file
         written.crc32 |= {name: future.result() for name, future in sums.items()}
+    for ref in copied:
+        _check(ref, int(written.crc32[ref.name], 16))
     return written
+
+
+def _check(ref: TensorRef, crc: int) -> None:
+    """Raise :class:`CorruptCheckpoint` where a torch file declares another CRC-32 for what a tensor has to itself."""
+    if ref.storage == (ref.offset, nbytes(ref)):
+        compare_crc(ref, crc)
 
 
 @contextmanager
@@ -137,6 +146,7 @@ def _write(file: OutputFile, entry: Entry, made: Iterator[Block], written: Writt
         crc = combine(crc, more, len(data))
         base_crc = combine(base_crc, base_more, len(data) * nbytes(entry.base) // nbytes(entry.stored))
         progress.add(len(data))
+    _check(entry.base, base_crc)
     written.crc32[entry.name] = f"{crc:08x}"
     if entry.fused:
         written.base_crc32[entry.name] = f"{base_crc:08x}"
