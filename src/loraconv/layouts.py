@@ -55,7 +55,9 @@ class Layout:
         return begins and more in name and name.endswith(".json")
 
     def _plain(self, name: str) -> bool:
-        return self.library == "diffusers" or name[len(self.stem) :].startswith((".", "-"))  # not model_states or modelling
+        return self.library == "diffusers" or name[len(self.stem) :].startswith(
+            (".", "-")
+        )  # not model_states or modelling
 
 
 DIFFUSERS = Layout("diffusers", "diffusion_pytorch_model", ".safetensors", "diffusion_pytorch_model")

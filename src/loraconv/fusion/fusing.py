@@ -13,8 +13,9 @@ from typing import Any
 from loraconv import __version__
 from loraconv.errors import FormatError, UsageError
 from loraconv.fusion.adapters import Used, open_adapters
+from loraconv.fusion.llava import Run, one_dtype, open_run, refuse_projector_only
 from loraconv.fusion.match import FUSED_KEY, fused_before, refuse_fused_twice, terms_of
-from loraconv.fusion.rest import listing, refuse_loss, rest_of
+from loraconv.fusion.rest import Kept, listing, refuse_loss, rest_of, settings_of
 from loraconv.fusion.result import FusedAdapter, FusedFile, FuseResult
 from loraconv.fusion.running import Plan, Rest, run
 from loraconv.fusion.shards import Shard, plan_shards
@@ -76,8 +77,9 @@ def fuse(
             clear_remains(place)
     with ExitStack() as opened:
         model = opened.enter_context(open_model(base))
+        refuse_projector_only(adapters)
         used = open_adapters(adapters, opened, alpha=alpha, rank=rank, strict=strict, nearest=nearest)
-        plan, said = _plan(model, used, options)
+        plan, said = _plan(model, used, open_run(model, used, opened), options)
         notices = tuple(dict.fromkeys([*(notice for one in used for notice in one.notices), *said]))
         result = _planned(plan, model.folder if out is None else Path(out), notices, options)
         if dry_run:
@@ -85,33 +87,49 @@ def fuse(
         return run(plan, result, overwrite=overwrite, journal=options["journal"], prove=prove)
 
 
-def _plan(model: Model, used: tuple[Used, ...], options: dict[str, Any]) -> tuple[Plan, list[str]]:
-    """The plan, and what has to be said about the base."""
+def _plan(model: Model, used: tuple[Used, ...], run: Run | None, options: dict[str, Any]) -> tuple[Plan, list[str]]:
+    """The plan, and what has to be said about base and run."""
     dtype, size = _dtype(options["dtype"]), options["max_shard_size"]
+    whole = model if run is None else run.joined(model)
     said = refuse_fused_twice(model, used)
-    modules, terms = terms_of(model, used, options["modules"])
+    stored = dtype
+    if run is not None:
+        stored, more = one_dtype(model, run, dtype)
+        dtype, said = stored if more else dtype, said + more
+    modules, terms = terms_of(whole, used, options["modules"])
     _refuse_narrow_journal(model, dtype, options["journal"])
-    shards, index = plan_shards(model, terms, dtype, None if size is None else parse_size(size))
-    whole = not options["in_place"]
-    kept, left = rest_of(model, whole=whole, own_index=size is None and not index)
+    _refuse_run_journal(run, model, options["journal"])
+    shards, index = plan_shards(whole, terms, dtype, None if size is None else parse_size(size))
+    entire = not options["in_place"]
+    kept, left = rest_of(model, whole=entire, own_index=size is None and not index)
+    settings = settings_of(whole, stored)
     replaces = None
     if options["in_place"]:
         _refuse_in_place(model, left)
         replaces = listing(model.folder)
     plan = Plan(
         model=model,
+        run=run,
+        whole=whole,
         used=used,
         terms=terms,
         only=modules if options["modules"] else None,
         dtype=dtype,
-        place=f"{COMPONENT}/" if whole and model.pipeline else "",
-        shards=[replace(shard, metadata=_header(shard, model, used, options["prove"])) for shard in shards],
-        index=index,
-        kept=kept,
+        place=f"{COMPONENT}/" if entire and model.pipeline else "",
+        shards=[replace(shard, metadata=_header(shard, whole, used, options["prove"])) for shard in shards],
+        texts={**index, **settings},
+        kept=_with_run(kept, settings, run),
         rest=options["rest"],
         replaces=replaces,
     )
     return plan, [*said, *left]
+
+
+def _with_run(kept: list[Kept], settings: dict[str, str], run: Run | None) -> list[Kept]:
+    """What is kept of the base, less what is written anew, with the run's files in the place of the base's."""
+    own = () if run is None else run.kept
+    names = {*settings, *(one.name for one in own)}
+    return [*(one for one in kept if one.name not in names), *own]
 
 
 def _dtype(word: str | None) -> str | None:
@@ -127,6 +145,17 @@ def _refuse_narrow_journal(model: Model, dtype: str | None, journal: bool) -> No
             why="it holds differences between numbers of one dtype, from which the base comes back bit for bit",
             hint="leave --dtype out, or leave --journal and --in-place out and keep the base",
             slug="journal-dtype",
+        )
+
+
+def _refuse_run_journal(run: Run | None, model: Model, journal: bool) -> None:
+    if journal and (run is not None or model.layout.pickled):
+        raise FormatError(
+            "no journal can be written for this model",
+            why="it holds differences to the tensors of a safetensors base; "
+            + ("the base is a torch file" if run is None else "this run replaces tensors of the base, or adds some"),
+            hint="leave --journal and --in-place out and keep the base: -o OUT",
+            slug="journal-run",
         )
 
 
@@ -167,10 +196,10 @@ def _most(used: Used) -> object:
 
 def _planned(plan: Plan, out: Path, notices: tuple[str, ...], options: dict[str, Any]) -> FuseResult:
     """The result before anything is written."""
-    model, place = plan.model, plan.place
+    model, place = plan.whole, plan.place
     files = [FusedFile(kept.name, kept.bytes, linked=plan.links(kept)) for kept in plan.kept]
     files += [FusedFile(place + shard.name, shard.bytes) for shard in plan.shards]
-    files += [FusedFile(place + name, len(text)) for name, text in plan.index.items()]
+    files += [FusedFile(place + name, len(text)) for name, text in plan.texts.items()]
     return FuseResult(
         out=out,
         base=model.path,
@@ -180,6 +209,7 @@ def _planned(plan: Plan, out: Path, notices: tuple[str, ...], options: dict[str,
         fused=tuple(plan.terms),
         fused_bytes=sum(nbytes(model.tensors[name]) for name in plan.terms),
         tensors=len(model.tensors),
+        beside=() if plan.run is None else tuple(plan.run.tensors),
         files=tuple(files),
         notices=notices,
         options=options,
@@ -193,6 +223,8 @@ def _next(plan: Plan, out: Path) -> str:
     if plan.place:
         return f'DiffusionPipeline.from_pretrained("{shown}")'
     kind = (plan.model.config or {}).get("_class_name")
+    if plan.model.layout.library == "transformers":
+        kind = "AutoModelForCausalLM" if plan.run is None else "LlamaForCausalLM"
     if isinstance(kind, str) and kind.isidentifier():
         return f'{kind}.from_pretrained("{shown}")'
     return f"loraconv verify {quoted(out)}"

@@ -18,8 +18,11 @@ _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{kind}{n}" for kind in ("COM", "LPT"
 
 
 def read_index(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
-    """Tensor -> shard, a file that ends in ``suffix``; raises :class:`CorruptCheckpoint`, and :class:`UnsafeCheckpoint` for a shard that is no plain
-    file name, or is the same as another one on some file systems."""
+    """Tensor -> shard, a file that ends in ``suffix``.
+
+    Raises :class:`CorruptCheckpoint`, and :class:`UnsafeCheckpoint` for a shard that is no plain file name, or is the
+    same as another one on some file systems.
+    """
     listed = read_json(path).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()) or not listed:
         raise CorruptCheckpoint(
