@@ -355,3 +355,35 @@ def test_a_torch_file_whose_bytes_changed_is_refused_by_its_checksum(tmp_path: P
         loraconv.fuse(whole.run, base=base, out=tmp_path / "out")
     assert caught.value.slug == "checksum"
     assert not (tmp_path / "out").exists()
+
+
+# --- what verify says of it ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_verify_compares_the_fused_model_with_the_base_the_adapter_and_what_was_trained_whole(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    made = make(tmp_path, torch.float16, projector(dtype))
+    out = tmp_path / "out"
+    loraconv.fuse(made.run, base=made.base, out=out)
+    assert loraconv.verify(made.run, out, base=made.base).same
+    state = written(out)
+    state["model.mm_projector.2.bias"] = state["model.mm_projector.2.bias"] + 1
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    result = loraconv.verify(made.run, out, base=made.base)
+    assert not result.same
+    assert "what was trained whole is" in " ".join(
+        check.name for check in result.report.proof.checks if not check.passed
+    )
+
+
+def test_verify_sees_a_projector_that_was_left_out(tmp_path: Path, whole: Made) -> None:
+    """LLaVA's loader drops what it has no name for; a merge by peft alone has no projector."""
+    out = tmp_path / "merged"
+    shutil.copytree(whole.base, out)
+    state = {name: tensor.half() for name, tensor in whole.exact.items()}
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    result = loraconv.verify(whole.run, out, base=whole.base)
+    assert not result.same
+    assert "mm_projector" in json.dumps(result.to_dict())

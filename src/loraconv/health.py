@@ -103,7 +103,7 @@ def check_storage(leaf: TensorRef) -> None:
 
 
 def compare_crc(leaf: TensorRef, crc: int) -> None:
-    """Raise :class:`CorruptCheckpoint` where ``crc``, that of a whole storage, is not the one that its container tells."""
+    """Raise :class:`CorruptCheckpoint` where ``crc``, of a whole storage, is not the one that its container tells."""
     if leaf.storage_crc is not None and crc != leaf.storage_crc:
         raise CorruptCheckpoint(
             f"the bytes of {printable(leaf.name)} do not match their checksum",

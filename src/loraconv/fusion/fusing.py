@@ -8,23 +8,25 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loraconv import __version__
 from loraconv.errors import FormatError, UsageError
 from loraconv.fusion.adapters import Used, open_adapters
-from loraconv.fusion.llava import Run, one_dtype, open_run, refuse_projector_only
+from loraconv.fusion.llava import HfLlava, Run, one_dtype, open_hf, open_run, refuse_projector_only
 from loraconv.fusion.match import FUSED_KEY, fused_before, refuse_fused_twice, terms_of
 from loraconv.fusion.rest import Kept, listing, refuse_loss, rest_of, settings_of
 from loraconv.fusion.result import FusedAdapter, FusedFile, FuseResult
 from loraconv.fusion.running import Plan, Rest, run
-from loraconv.fusion.shards import Shard, plan_shards
+from loraconv.fusion.shards import NOTHING, Shard, plan_shards
 from loraconv.io.atomic import clear_remains
 from loraconv.journal import JOURNAL
 from loraconv.lazy import nbytes
 from loraconv.model_folder import COMPONENT, Model, in_hub_cache, open_model
 from loraconv.names import DTYPE_WORDS, printable, quoted
 from loraconv.plan_base import parse_size
+
+Target = Literal["hf-llava"]
 
 
 def fuse(
@@ -44,12 +46,16 @@ def fuse(
     nearest: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    to: Target | None = None,
+    vision_tower: str | Path | None = None,
 ) -> FuseResult:
     """Write the model ``base`` with the adapters added to its weights into the folder ``out``.
 
     Each weight becomes ``round(base + sum(strength * scale * up @ down))``, the exact sum rounded once; all other
     tensors keep their bytes. An adapter is anything that loraconv reads, ``PATH@0.8`` gives it a strength. ``base`` is
-    a transformer folder, a pipeline's folder, a safetensors file or the id of a Hub repository in the local cache.
+    a transformer folder, a pipeline's folder, a language model's folder, a safetensors file or the id of a Hub
+    repository in the local cache. Of a LLaVA run, what was trained whole (the projector) goes in as well; ``to``
+    (``hf-llava``) makes a ``LlavaForConditionalGeneration`` of it, with the CLIP model in the folder ``vision_tower``.
 
     ``alpha`` overrides what the files say, ``rank`` must be that of the tensors; ``modules`` are patterns such as
     ``transformer_blocks.{0-9}.*``; ``dtype`` (``fp32``, ``fp16``, ``bf16``) is for every floating tensor;
@@ -68,8 +74,12 @@ def fuse(
     options: dict[str, Any] = {
         "alpha": alpha, "dtype": dtype, "in_place": in_place, "journal": journal or in_place,
         "max_shard_size": max_shard_size, "modules": list(modules), "nearest": nearest, "prove": prove, "rank": rank,
-        "rest": rest, "strict": strict,
+        "rest": rest, "strict": strict, "to": to,
     }  # fmt: skip
+    if to not in (None, "hf-llava") or (to is None and vision_tower is not None):
+        raise UsageError(
+            "--to is hf-llava, and --vision-tower is for it alone", hint="--to hf-llava --vision-tower DIR"
+        )
     if in_place == (out is not None):
         raise UsageError("either an output folder or --in-place", hint="loraconv fuse ADAPTER --base MODEL -o OUT")
     if in_place and not dry_run:
@@ -79,7 +89,10 @@ def fuse(
         model = opened.enter_context(open_model(base))
         refuse_projector_only(adapters)
         used = open_adapters(adapters, opened, alpha=alpha, rank=rank, strict=strict, nearest=nearest)
-        plan, said = _plan(model, used, open_run(model, used, opened), options)
+        run_of = open_run(model, used, opened)
+        whole = model if run_of is None else run_of.joined(model)
+        hf = None if to is None else open_hf(whole, vision_tower, opened)
+        plan, said = _plan(model, used, run_of, hf, options)
         notices = tuple(dict.fromkeys([*(notice for one in used for notice in one.notices), *said]))
         result = _planned(plan, model.folder if out is None else Path(out), notices, options)
         if dry_run:
@@ -87,22 +100,27 @@ def fuse(
         return run(plan, result, overwrite=overwrite, journal=options["journal"], prove=prove)
 
 
-def _plan(model: Model, used: tuple[Used, ...], run: Run | None, options: dict[str, Any]) -> tuple[Plan, list[str]]:
+def _plan(
+    model: Model, used: tuple[Used, ...], run: Run | None, hf: HfLlava | None, options: dict[str, Any]
+) -> tuple[Plan, list[str]]:
     """The plan, and what has to be said about base and run."""
     dtype, size = _dtype(options["dtype"]), options["max_shard_size"]
     whole = model if run is None else run.joined(model)
-    said = refuse_fused_twice(model, used)
-    stored = dtype
-    if run is not None:
-        stored, more = one_dtype(model, run, dtype)
+    whole = whole if hf is None else hf.joined(whole)
+    said = [*refuse_fused_twice(model, used), *(() if hf is None else hf.notices)]
+    stored, other = dtype, run is not None or hf is not None
+    if other:
+        stored, more = one_dtype(model, whole, dtype)
         dtype, said = stored if more else dtype, said + more
     modules, terms = terms_of(whole, used, options["modules"])
     _refuse_narrow_journal(model, dtype, options["journal"])
-    _refuse_run_journal(run, model, options["journal"])
-    shards, index = plan_shards(whole, terms, dtype, None if size is None else parse_size(size))
+    _refuse_run_journal(model, other, options["journal"])
+    limit = None if size is None else parse_size(size)
+    names, more_rows = (NOTHING, NOTHING) if hf is None else (hf.names, hf.more)
+    shards, index = plan_shards(whole, terms, dtype, limit, names, more_rows)
     entire = not options["in_place"]
     kept, left = rest_of(model, whole=entire, own_index=size is None and not index)
-    settings = settings_of(whole, stored)
+    settings = settings_of(whole, stored, other=other)
     replaces = None
     if options["in_place"]:
         _refuse_in_place(model, left)
@@ -110,6 +128,7 @@ def _plan(model: Model, used: tuple[Used, ...], run: Run | None, options: dict[s
     plan = Plan(
         model=model,
         run=run,
+        hf=hf,
         whole=whole,
         used=used,
         terms=terms,
@@ -118,16 +137,15 @@ def _plan(model: Model, used: tuple[Used, ...], run: Run | None, options: dict[s
         place=f"{COMPONENT}/" if entire and model.pipeline else "",
         shards=[replace(shard, metadata=_header(shard, whole, used, options["prove"])) for shard in shards],
         texts={**index, **settings},
-        kept=_with_run(kept, settings, run),
+        kept=_with_own(kept, settings, [*(run.kept if run else ()), *(hf.kept if hf else ())]),
         rest=options["rest"],
         replaces=replaces,
     )
     return plan, [*said, *left]
 
 
-def _with_run(kept: list[Kept], settings: dict[str, str], run: Run | None) -> list[Kept]:
-    """What is kept of the base, less what is written anew, with the run's files in the place of the base's."""
-    own = () if run is None else run.kept
+def _with_own(kept: list[Kept], settings: dict[str, str], own: list[Kept]) -> list[Kept]:
+    """What is kept of the base, less what is written anew, with ``own`` files in the place of the base's."""
     names = {*settings, *(one.name for one in own)}
     return [*(one for one in kept if one.name not in names), *own]
 
@@ -148,12 +166,12 @@ def _refuse_narrow_journal(model: Model, dtype: str | None, journal: bool) -> No
         )
 
 
-def _refuse_run_journal(run: Run | None, model: Model, journal: bool) -> None:
-    if journal and (run is not None or model.layout.pickled):
+def _refuse_run_journal(model: Model, other: bool, journal: bool) -> None:
+    if journal and (other or model.layout.pickled):
         raise FormatError(
             "no journal can be written for this model",
             why="it holds differences to the tensors of a safetensors base; "
-            + ("the base is a torch file" if run is None else "this run replaces tensors of the base, or adds some"),
+            + ("this run replaces tensors of the base, or adds some" if other else "the base is a torch file"),
             hint="leave --journal and --in-place out and keep the base: -o OUT",
             slug="journal-run",
         )
@@ -209,7 +227,7 @@ def _planned(plan: Plan, out: Path, notices: tuple[str, ...], options: dict[str,
         fused=tuple(plan.terms),
         fused_bytes=sum(nbytes(model.tensors[name]) for name in plan.terms),
         tensors=len(model.tensors),
-        beside=() if plan.run is None else tuple(plan.run.tensors),
+        beside=tuple(n for n, ref in model.tensors.items() if plan.model.tensors.get(n) is not ref),
         files=tuple(files),
         notices=notices,
         options=options,
@@ -225,6 +243,8 @@ def _next(plan: Plan, out: Path) -> str:
     kind = (plan.model.config or {}).get("_class_name")
     if plan.model.layout.library == "transformers":
         kind = "AutoModelForCausalLM" if plan.run is None else "LlamaForCausalLM"
+    if plan.hf is not None:
+        kind = "LlavaForConditionalGeneration"
     if isinstance(kind, str) and kind.isidentifier():
         return f'{kind}.from_pretrained("{shown}")'
     return f"loraconv verify {quoted(out)}"

@@ -76,14 +76,14 @@ def _files(folder: Path, prefix: str = "") -> Iterator[str]:
                 yield prefix + entry.name
 
 
-def settings_of(model: Model, dtype: str | None) -> dict[str, str]:
-    """Name and text of a config.json that is not the base's own: of another dtype, or of another model.
+def settings_of(model: Model, dtype: str | None, *, other: bool) -> dict[str, str]:
+    """Name and text of a config.json that is not the base's own: of another dtype, or of an ``other`` model.
 
     transformers loads in the dtype that it finds there (``dtype``, before 4.56 ``torch_dtype``), so it must be that of
     the weights.
     """
     config = model.config
-    if config is None or model.layout.library != "transformers":
+    if config is None or not (other or model.layout.library == "transformers"):
         return {}
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config else "dtype"

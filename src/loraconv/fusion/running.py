@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from loraconv.errors import ProofFailed
 from loraconv.fusion.adapters import Used, file_digests
-from loraconv.fusion.llava import Run
+from loraconv.fusion.llava import HfLlava, Run
 from loraconv.fusion.merging import Term, stack
 from loraconv.fusion.rest import Kept, Listing, refuse_changed
 from loraconv.fusion.result import FusedAdapter, FusedFile, FuseResult
@@ -27,7 +27,7 @@ from loraconv.model_folder import Model, open_model
 from loraconv.ordered import in_order, workers
 from loraconv.verifier.fused import FusedReport, prove_fused
 from loraconv.verifier.fused import Term as ProvenTerm
-from loraconv.verifier.llava import trained_beside
+from loraconv.verifier.llava import as_original, tower_beside, trained_beside
 from loraconv.verifier.oracles import pairs_of
 
 Rest = Literal["copy", "link"]
@@ -37,14 +37,16 @@ Rest = Literal["copy", "link"]
 class Plan:
     """Everything that will be written.
 
-    ``run`` is the LLaVA run that brings tensors of its own, if one does, and ``whole`` the base with them. ``place`` is
-    where in the output the weights go (empty, or a folder's name with a slash), ``texts`` names and texts of a new
-    index and of new settings, if they are needed; ``only`` the modules that the user chose, None for all. ``replaces`` is what the
-    base's folder held when it was opened, where that folder is to be replaced.
+    ``run`` is the LLaVA run that brings tensors of its own, if one does, ``hf`` what makes it a model of
+    transformers, if that was asked for, and ``whole`` the base with their tensors, under the names of the base.
+    ``place`` is where in the output the weights go (empty, or a folder's name with a slash), ``texts`` names and texts
+    of a new index and of new settings, if they are needed; ``only`` the modules that the user chose, None for all.
+    ``replaces`` is what the base's folder held when it was opened, where that folder is to be replaced.
     """
 
     model: Model
     run: Run | None
+    hf: HfLlava | None
     whole: Model
     used: tuple[Used, ...]
     terms: Mapping[str, Sequence[Term]]
@@ -101,6 +103,7 @@ def _inputs(plan: Plan) -> list[Path]:
     sources = [one.source for one in plan.used]
     found = [path for s in sources for path in (s.path, *(f.path for f in s.files), s.config_path) if path is not None]
     found += [] if plan.run is None else [plan.run.file.path]
+    found += [] if plan.hf is None else [plan.hf.tower.folder]
     if plan.replaces is None:
         model = plan.model
         found += [file.path for file in model.files.values()]
@@ -114,6 +117,8 @@ def _check_unchanged(plan: Plan) -> None:
         one.source.check_unchanged()
     if plan.run is not None:
         plan.run.file.check_unchanged()
+    if plan.hf is not None:
+        plan.hf.tower.check_unchanged()
 
 
 def _keep(folder: OutputFolder, plan: Plan, progress: Progress) -> list[FusedFile]:
@@ -153,8 +158,14 @@ def _prove(plan: Plan, made: Mapping[str, TensorRef]) -> FusedReport:
         source = one.source
         pairs = pairs_of(one.detected.dialect.name, list(source.ranks), source.metadata, source.config, one.alpha)
         terms.append(ProvenTerm(pairs, one.strength))
-    beside = {} if plan.run is None else trained_beside(read_tensors(plan.run.file))
-    report = prove_fused(plan.model.tensors, terms, made, only=plan.only, dtype=plan.dtype, beside=beside)
+    base = plan.model.tensors
+    tower = {} if plan.hf is None else tower_beside(plan.hf.tower.tensors)
+    beside = {name: ref for name, ref in tower.items() if name not in base}
+    beside |= {} if plan.run is None else trained_beside(read_tensors(plan.run.file))
+    made, rows = (made, None) if plan.hf is None else as_original(made, {**base, **beside})
+    report = prove_fused(base, terms, made, only=plan.only, dtype=plan.dtype, beside=beside)
+    if rows is not None:
+        report = replace(report, proof=replace(report.proof, checks=(*report.proof.checks, rows)))
     if report.proof.passed:
         return report
     raise ProofFailed(

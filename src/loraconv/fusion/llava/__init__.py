@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
-from loraconv.fusion.llava.run import Run, one_dtype, open_run, refuse_projector_only
+from loraconv.fusion.llava.hf import HfLlava, open_hf
+from loraconv.fusion.llava.run import Run, one_dtype, open_run, refuse_projector_only, refuse_unfinished, trained_whole
 
-__all__ = ["Run", "one_dtype", "open_run", "refuse_projector_only"]
+__all__ = [
+    "HfLlava",
+    "Run",
+    "one_dtype",
+    "open_hf",
+    "open_run",
+    "refuse_projector_only",
+    "refuse_unfinished",
+    "trained_whole",
+]

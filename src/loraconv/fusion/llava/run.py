@@ -76,8 +76,8 @@ def open_run(model: Model, used: Sequence[Used], stack: ExitStack) -> Run | None
     """
     folders = list(dict.fromkeys(_folder(one.source.path) for one in used))
     for folder in folders:
-        _refuse_unfinished(folder)
-    runs = [(folder, name) for folder in folders if (name := _trained_whole(folder))]
+        refuse_unfinished(folder)
+    runs = [(folder, name) for folder in folders if (name := trained_whole(folder))]
     if len(runs) > 1:
         raise UsageError(
             "two of the adapters bring a projector, and a model has one",
@@ -106,7 +106,8 @@ def _has_adapter(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _ADAPTERS)
 
 
-def _trained_whole(folder: Path) -> str | None:
+def trained_whole(folder: Path) -> str | None:
+    """The name of the file in a folder that holds what was trained whole; None where there is none."""
     return next((name for name in (TRAINED, PROJECTOR) if (folder / name).is_file()), None)
 
 
@@ -115,12 +116,12 @@ def _is_llava(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and any(mark in read_json(folder / CONFIG) for mark in _MARKS)
 
 
-def _refuse_unfinished(folder: Path) -> None:
+def refuse_unfinished(folder: Path) -> None:
     """Raise :class:`FormatError` for a checkpoint on the way: it has the adapter of its step, and no projector."""
-    trained, finished = _trained_whole(folder), folder.absolute().parent
+    trained, finished = trained_whole(folder), folder.absolute().parent
     if trained and (folder / CONFIG).is_file():
         return
-    whole = _has_adapter(finished) and _trained_whole(finished) is not None
+    whole = _has_adapter(finished) and trained_whole(finished) is not None
     told = [
         f"its {CONFIG} is that of a LLaVA model" if not trained and _is_llava(folder) else "",
         f"its {trained} is of a LLaVA run" if trained else "",
@@ -148,16 +149,15 @@ def _names_llava(arguments: Path) -> bool:
         return _ARGUMENT in file.pread(0, min(file.size, _ARGUMENTS_BYTES))
 
 
-def one_dtype(model: Model, run: Run, asked: str | None) -> tuple[str, list[str]]:
+def one_dtype(model: Model, whole: Model, asked: str | None) -> tuple[str, list[str]]:
     """``(dtype of every floating tensor of the output, notices)``: the one that was asked for, else the one of most of
-    the base. LLaVA's own merge makes everything float16, whatever base and run are."""
+    the base; ``whole`` is the base with all that is put into it. LLaVA's own merge makes everything float16."""
     sizes = dict.fromkeys(FLOAT_DTYPES, 0)
     for ref in model.tensors.values():
         if ref.dtype in FLOAT_DTYPES:
             sizes[ref.dtype] += nbytes(ref)
     dtype = asked or max(sizes, key=lambda name: sizes[name])
-    every = {**model.tensors, **run.tensors}
-    other = [name for name, ref in every.items() if ref.dtype in FLOAT_DTYPES and ref.dtype != dtype]
+    other = [name for name, ref in whole.tensors.items() if ref.dtype in FLOAT_DTYPES and ref.dtype != dtype]
     if asked or not other:
         return dtype, []
     word = next((word for word, name in DTYPE_WORDS.items() if name == dtype), dtype)
