@@ -240,9 +240,10 @@ def _next(plan: Plan, out: Path) -> str:
     shown = printable(str(out), 1000).replace('"', '\\"')
     if plan.place:
         return f'DiffusionPipeline.from_pretrained("{shown}")'
-    kind = (plan.model.config or {}).get("_class_name")
-    if plan.model.layout.library == "transformers":
-        kind = "AutoModelForCausalLM" if plan.run is None else "LlamaForCausalLM"
+    config = plan.model.config or {}
+    kind = config.get("_class_name")
+    if isinstance(classes := config.get("architectures"), list) and classes:
+        kind = classes[0]
     if plan.hf is not None:
         kind = "LlavaForConditionalGeneration"
     if isinstance(kind, str) and kind.isidentifier():

@@ -113,7 +113,7 @@ def _llava_config(whole: Model) -> dict[str, Any]:
             hint="leave --to out, or pass the folder of the finished LLaVA run",
             slug="not-llava",
         )
-    kind, feature = config.get("mm_projector_type", "linear"), config.get("mm_vision_select_feature", "patch")
+    kind, feature = config.get("mm_projector_type", "linear"), str(config.get("mm_vision_select_feature", "patch"))
     if kind != "mlp2x_gelu" or feature not in _STRATEGIES or type(config.get("mm_vision_select_layer")) is not int:
         raise FormatError(
             "LlavaForConditionalGeneration cannot hold this model",
@@ -133,7 +133,7 @@ def _vision_config(tower: Model, config: Mapping[str, Any]) -> dict[str, Any]:
     sizes = [
         vision.get(key, usual) for key, usual in (("image_size", 224), ("patch_size", 32), ("num_hidden_layers", 12))
     ]
-    plain = all(type(size) is int and 0 < size < 1 << 16 for size in sizes)
+    plain = all(type(size) is int and 0 < size < 1 << 12 for size in sizes)
     if kind not in ("clip", "clip_vision_model") or width != config["mm_hidden_size"] or not plain:
         raise FormatError(
             f"the vision tower is not the run's: {printable(str(tower.path), 1000)}",
@@ -175,11 +175,12 @@ def _names(every: Mapping[str, TensorRef]) -> dict[str, str]:
         if begin is not None:
             found[name] = _NAMES[begin] + name.removeprefix(begin)
     homeless = [name for name in every if name not in found]
-    if homeless or EMBEDDINGS not in every:
+    flat = [name for name in (EMBEDDINGS, HEAD) if name in every and len(every[name].shape) != 2]
+    if homeless or flat or EMBEDDINGS not in every:
         raise FormatError(
             "LlavaForConditionalGeneration cannot hold this model",
-            where="; ".join(fold_names(homeless or [EMBEDDINGS])[:4]),
-            why="it has no such tensors" if homeless else "the base has none of them",
+            where="; ".join(fold_names(homeless or flat or [EMBEDDINGS])[:4]),
+            why="it has no such tensors" if homeless else "the base has none, or it is no matrix",
             hint="leave --to out: the model in LLaVA's own layout is exact",
             slug="hf-llava",
         )

@@ -161,6 +161,5 @@ def one_dtype(model: Model, whole: Model, asked: str | None) -> tuple[str, list[
     if asked or not other:
         return dtype, []
     word = next((word for word, name in DTYPE_WORDS.items() if name == dtype), dtype)
-    return dtype, [
-        f"rounded once to {word}, which the base has (--dtype for another): {'; '.join(fold_names(other)[:4])}"
-    ]
+    shown = "; ".join(fold_names(other)[:2])
+    return dtype, [f"{len(other)} tensors are rounded once to {word}, as the base is (--dtype for another): {shown}"]
