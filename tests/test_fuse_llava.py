@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,7 @@ def test_a_llava_model_as_the_base_gets_the_runs_projector_in_place_of_its_own(t
     save_file(load_file(file) | old, file, {"format": "pt"})
     result = loraconv.fuse(made.run, base=made.base, out=tmp_path / "out")
     check(written(tmp_path / "out"), made, torch.float16)
+    assert not [notice for notice in result.notices if "projector" in notice]
     caught = {control.name: control.caught for control in result.proofs[0].controls}
     assert caught["the base's own tensor in place of the run's"] is True
 
@@ -175,6 +177,45 @@ def test_a_plain_lora_of_a_language_model_needs_no_projector(tmp_path: Path) -> 
     check(got, made, torch.float16, {})
     assert result.beside == ()
     assert (tmp_path / "out" / "config.json").read_bytes() == (made.base / "config.json").read_bytes()
+
+
+def test_a_plain_lora_on_a_llava_model_leaves_its_projector_and_it_is_said(tmp_path: Path, cli: Cli) -> None:
+    made = make(tmp_path)
+    file = made.base / "model.safetensors"
+    save_file(load_file(file) | made.beside, file, {"format": "pt"})
+    shutil.copy(made.run / "config.json", made.base / "config.json")
+    for name in ("non_lora_trainables.bin", "config.json"):
+        (made.run / name).unlink()
+    done = cli("fuse", made.run, "--base", made.base, "-o", tmp_path / "out")
+    assert "the projector is that of the base" in done.err
+    check(written(tmp_path / "out"), made, torch.float16)
+
+
+def test_a_strength_is_for_the_adapter_and_not_for_the_projector(tmp_path: Path, cli: Cli) -> None:
+    made = make(tmp_path)
+    done = cli("fuse", f"{made.run}@0.5", "--base", made.base, "-o", tmp_path / "out")
+    assert "taken as it is" in done.err
+    before = load_file(made.base / "model.safetensors")
+    half = {name: (tensor + before[name].double()) / 2 for name, tensor in made.exact.items()}
+    check(written(tmp_path / "out"), replace(made, exact=half), torch.float16)
+
+
+def test_the_adapters_file_stands_for_the_run_that_it_lies_in(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    loraconv.fuse(made.run / "adapter_model.safetensors", base=made.base, out=tmp_path / "out")
+    check(written(tmp_path / "out"), made, torch.float16)
+
+
+def test_a_language_model_fused_in_place_comes_back_from_its_journal(tmp_path: Path) -> None:
+    made = make(tmp_path, shards="20KB")
+    for name in ("non_lora_trainables.bin", "config.json"):
+        (made.run / name).unlink()
+    before = digests(made.base)
+    loraconv.fuse(made.run, base=made.base, in_place=True)
+    check(written(made.base), made, torch.float16, {})
+    loraconv.unfuse(made.base, out=tmp_path / "back")
+    after = digests(tmp_path / "back")
+    assert {name: after[name] for name in before} == before
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from loraconv import __version__
 from loraconv.errors import FormatError, UsageError
 from loraconv.fusion.adapters import Used, open_adapters
-from loraconv.fusion.llava import HfLlava, Run, one_dtype, open_hf, open_run, refuse_projector_only
+from loraconv.fusion.llava import HfLlava, Run, one_dtype, open_hf, open_run, refuse_projector_only, run_notices
 from loraconv.fusion.match import FUSED_KEY, fused_before, refuse_fused_twice, terms_of
 from loraconv.fusion.rest import Kept, listing, refuse_loss, rest_of, settings_of
 from loraconv.fusion.result import FusedAdapter, FusedFile, FuseResult
@@ -107,7 +107,7 @@ def _plan(
     dtype, size = _dtype(options["dtype"]), options["max_shard_size"]
     whole = model if run is None else run.joined(model)
     whole = whole if hf is None else hf.joined(whole)
-    said = [*refuse_fused_twice(model, used), *(() if hf is None else hf.notices)]
+    said = [*refuse_fused_twice(model, used), *run_notices(model, used, run), *(() if hf is None else hf.notices)]
     stored, other = dtype, run is not None or hf is not None
     if other:
         stored, more = one_dtype(model, whole, dtype)

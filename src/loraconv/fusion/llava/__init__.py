@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from loraconv.fusion.llava.hf import HfLlava, open_hf
-from loraconv.fusion.llava.run import Run, one_dtype, open_run, refuse_projector_only, refuse_unfinished, trained_whole
+from loraconv.fusion.llava.run import (
+    Run,
+    one_dtype,
+    open_run,
+    refuse_projector_only,
+    refuse_unfinished,
+    run_notices,
+    trained_whole,
+)
 
 __all__ = [
     "HfLlava",
@@ -13,5 +21,6 @@ __all__ = [
     "open_run",
     "refuse_projector_only",
     "refuse_unfinished",
+    "run_notices",
     "trained_whole",
 ]

@@ -149,6 +149,15 @@ def _names_llava(arguments: Path) -> bool:
         return _ARGUMENT in file.pread(0, min(file.size, _ARGUMENTS_BYTES))
 
 
+def run_notices(model: Model, used: Sequence[Used], run: Run | None) -> list[str]:
+    """What has to be said about the projector: that it is the base's, or that a strength does not apply to it."""
+    if run is None and any(mark in (model.config or {}) for mark in _MARKS):
+        return ["the projector is that of the base: the adapter brings none"]
+    if run is not None and any(one.strength != 1 for one in used):
+        return ["the strength is the adapter's alone: what the run trained whole (the projector) is taken as it is"]
+    return []
+
+
 def one_dtype(model: Model, whole: Model, asked: str | None) -> tuple[str, list[str]]:
     """``(dtype of every floating tensor of the output, notices)``: the one that was asked for, else the one of most of
     the base; ``whole`` is the base with all that is put into it. LLaVA's own merge makes everything float16."""
