@@ -115,7 +115,7 @@ def test_the_settings_are_those_that_transformers_reads(tmp_path: Path, made: Ma
     assert (config.vision_feature_layer, config.vision_feature_select_strategy) == (-2, "default")
     assert config.text_config.vocab_size == VOCABULARY + 1
     assert config.vision_config.image_size == 28
-    assert not [key for key in config.text_config.to_dict() if key.startswith("mm_")]
+    assert not [key for key in config.text_config.to_dict() if "mm_" in key]
 
 
 @pytest.mark.parametrize("torch_files", [False, True])
@@ -146,6 +146,13 @@ def test_shards_have_an_index_by_the_new_names(tmp_path: Path, made: Made, tower
     assert "language_model.model.embed_tokens.weight" in index
     assert loraconv.verify(tmp_path / "out").same
     torch.testing.assert_close(asked(model), asked(assembled(made, tower)), rtol=1e-4, atol=1e-5)
+
+
+def test_verify_says_where_such_a_model_is_proved(tmp_path: Path, made: Made, tower: Path, cli: Cli) -> None:
+    fused(made, tower, tmp_path / "out")
+    done = cli("verify", made.run, tmp_path / "out", "--base", made.base)
+    assert_clear_error(done)
+    assert "only when fuse writes it" in done.err
 
 
 def test_a_tower_that_the_run_trained_is_taken_instead_of_the_given_one(tmp_path: Path, tower: Path) -> None:

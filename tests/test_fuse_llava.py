@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import loraconv
-from loraconv.errors import FormatError, LoraconvError, UsageError
+from loraconv.errors import FormatError, LoraconvError, UnsafeCheckpoint, UsageError
 from tests.cli_support import Cli, assert_clear_error, digests
 from tests.llava_runs import HIDDEN, LLAVA, VOCABULARY, WIDE, WRAPPER, Made, Tensors, make, pickled, projector
 from tests.support import raw
@@ -368,6 +368,17 @@ def test_an_adapter_with_its_projector_as_mm_projector_bin_is_a_run_too(tmp_path
     torch.save(whole.beside, run / "mm_projector.bin")
     loraconv.fuse(run, base=whole.base, out=tmp_path / "out")
     check(written(tmp_path / "out"), whole, torch.float16)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "non_lora_trainables.bin", "config.json"])
+def test_a_link_out_of_the_runs_folder_is_not_followed(tmp_path: Path, whole: Made, name: str) -> None:
+    run = copied(whole, tmp_path)
+    other = tmp_path / "secret"
+    (run / name).rename(other) if (run / name).exists() else other.write_text("{}")
+    (run / name).symlink_to(other)
+    with pytest.raises(UnsafeCheckpoint) as caught:
+        loraconv.fuse(run, base=whole.base, out=tmp_path / "out")
+    assert caught.value.slug == "link-outside"
 
 
 def test_two_runs_cannot_both_bring_a_projector(tmp_path: Path, whole: Made) -> None:

@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
-from loraconv.errors import UsageError
+from loraconv.errors import FormatError, UsageError
 from loraconv.fusion.adapters import split_strength
 from loraconv.fusion.llava import refuse_unfinished, trained_whole
 from loraconv.fusion.patterns import choose
@@ -18,8 +18,8 @@ from loraconv.io.input_file import InputFile
 from loraconv.io.sidecar import read_json
 from loraconv.io.torch_read import read_tensors
 from loraconv.lazy import TensorRef
-from loraconv.model_folder import CONFIG, open_model
-from loraconv.names import DTYPE_WORDS, printable
+from loraconv.model_folder import CONFIG, Model, open_model
+from loraconv.names import DTYPE_WORDS, printable, quoted
 from loraconv.source import open_source
 from loraconv.verification.adapters import adapter_pairs
 from loraconv.verification.result import VerifyResult, number
@@ -110,6 +110,7 @@ def verify_fused(
         pairs = [adapter_pairs(source, alpha) for source in sources]
         terms = [Term(found, strength) for found, (_, strength) in zip(pairs, subject.adapters, strict=True)]
         before, after = (stack.enter_context(open_model(path)) for path in (base, paths[-1]))
+        _refuse_hf(after)
         beside = _beside([source.path for source in sources], stack)
         dtype_of = subject.dtype or (main_dtype(before.tensors) if beside.tensors else None)
         only = choose({module: None for found in pairs for module in found}, modules) if modules else None
@@ -149,6 +150,20 @@ class _Beside:
 
     tensors: dict[str, TensorRef]
     config: dict[str, Any] | None
+
+
+def _refuse_hf(fused: Model) -> None:
+    """Raise :class:`FormatError` for a model of transformers' own LLaVA class, whose parts are called otherwise."""
+    if (fused.config or {}).get("model_type") == "llava" and any(
+        n.startswith("language_model.") for n in fused.tensors
+    ):
+        raise FormatError(
+            "a LlavaForConditionalGeneration is compared with base and run only when fuse writes it",
+            where=printable(str(fused.path), 1000),
+            why="its vision tower is in neither of them",
+            hint=f"see whether it is as it was written: loraconv verify {quoted(fused.path)}",
+            slug="not-comparable",
+        )
 
 
 def _beside(adapters: Sequence[Path], stack: ExitStack) -> _Beside:

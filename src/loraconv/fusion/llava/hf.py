@@ -19,7 +19,7 @@ from loraconv.errors import FormatError, UsageError
 from loraconv.fusion.llava.landing import EMBEDDINGS, HEAD, TOWER
 from loraconv.fusion.rest import Kept
 from loraconv.lazy import TensorRef
-from loraconv.model_folder import Model, open_model
+from loraconv.model_folder import Model, inside, open_model
 from loraconv.names import fold_names, printable, quoted
 
 #: The original's names and transformers' (beginnings of names), the longer first.
@@ -43,11 +43,10 @@ _TOWER_LAYER = (
     "self_attn.v_proj",
 )  # fmt: skip
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
-#: Settings of the original that its language model does not have.
+#: Settings of the original that its language model does not have, beside those with ``mm_`` in their names.
 _NOT_TEXT = {
-    "_name_or_path", "architectures", "auto_map", "dtype", "freeze_mm_mlp_adapter", "image_aspect_ratio",
-    "image_grid_pinpoints", "tokenizer_model_max_length", "tokenizer_padding_side", "torch_dtype",
-    "transformers_version", "tune_mm_mlp_adapter", "unfreeze_mm_vision_tower", "use_mm_proj",
+    "_name_or_path", "architectures", "auto_map", "dtype", "image_aspect_ratio", "image_grid_pinpoints",
+    "tokenizer_model_max_length", "tokenizer_padding_side", "torch_dtype", "transformers_version",
 }  # fmt: skip
 #: What CLIP's settings are where its config.json does not say them (``CLIPVisionConfig``).
 _CLIP = {"image_size": 224, "num_hidden_layers": 12, "patch_size": 32}
@@ -94,8 +93,10 @@ def open_hf(whole: Model, tower: str | Path | None, stack: ExitStack) -> HfLlava
     names = _names(every)
     token = every[EMBEDDINGS].shape[0]
     more = {name: 1 for name in (EMBEDDINGS, HEAD) if name in every}
-    path = opened.folder / PREPROCESSOR
-    kept = (Kept(path, PREPROCESSOR, os.stat(path).st_size),) if path.is_file() else ()
+    kept: tuple[Kept, ...] = ()
+    if (opened.folder / PREPROCESSOR).is_file():
+        path = inside(opened.folder, PREPROCESSOR)
+        kept = (Kept(path, PREPROCESSOR, os.stat(path).st_size),)
     notice = (
         f"images are marked by token {token}, one more than the vocabulary had, its rows zero; tell the tokenizer:"
         ' tokenizer.add_tokens("<image>", special_tokens=True)'
@@ -190,7 +191,7 @@ def _names(every: Mapping[str, TensorRef]) -> dict[str, str]:
 def _config(config: Mapping[str, Any], vision: Mapping[str, Any], token: int) -> dict[str, Any]:
     """``LlavaConfig`` as JSON."""
     kind = str(config.get("model_type", "llava"))
-    text = {key: value for key, value in config.items() if key not in _NOT_TEXT and not key.startswith("mm_")}
+    text = {key: value for key, value in config.items() if key not in _NOT_TEXT and "mm_" not in key}
     text |= {"model_type": "llama" if kind == "llava" else kind.removeprefix("llava_"), "vocab_size": token + 1}
     strategy = _STRATEGIES[config.get("mm_vision_select_feature", "patch")]
     told = {**_CLIP, **vision}

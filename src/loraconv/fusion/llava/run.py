@@ -23,7 +23,7 @@ from loraconv.io.input_file import InputFile
 from loraconv.io.sidecar import read_json
 from loraconv.io.torch_read import read_tensors
 from loraconv.lazy import TensorRef, nbytes
-from loraconv.model_folder import CONFIG, Model
+from loraconv.model_folder import CONFIG, Model, inside
 from loraconv.names import DTYPE_WORDS, FLOAT_DTYPES, fold_names, printable, quoted
 
 #: What was trained whole, by LLaVA's names of the two files that may hold it.
@@ -72,7 +72,8 @@ def open_run(model: Model, used: Sequence[Used], stack: ExitStack) -> Run | None
     """The LLaVA run that one of the adapters belongs to; None where there is none. ``stack`` closes its file.
 
     Raises :class:`UsageError` (``run-ambiguous``) for two of them, :class:`FormatError` for an unfinished one
-    (``projector-missing``), for one of another base, and for tensors that have no place (``no-home``).
+    (``projector-missing``), for one of another base, and for tensors that have no place (``no-home``),
+    :class:`UnsafeCheckpoint` for a link that leads out of the run's folder.
     """
     folders = list(dict.fromkeys(_folder(one.source.path) for one in used))
     for folder in folders:
@@ -89,11 +90,11 @@ def open_run(model: Model, used: Sequence[Used], stack: ExitStack) -> Run | None
 
 
 def _opened(model: Model, folder: Path, name: str, stack: ExitStack) -> Run:
-    file = stack.enter_context(InputFile(folder / name))
-    config = read_json(folder / CONFIG)
+    file = stack.enter_context(InputFile(inside(folder, name)))
+    config = read_json(inside(folder, CONFIG))
     check_config(config, model, folder)
     tensors = landed(read_tensors(file), model, config, file)
-    files = [folder / one for one in _TOKENIZER if (folder / one).is_file()]
+    files = [inside(folder, one) for one in _TOKENIZER if (folder / one).is_file()]
     kept = tuple(Kept(path, path.name, os.stat(path).st_size) for path in files)
     return Run(folder, file, tensors, config, kept)
 
