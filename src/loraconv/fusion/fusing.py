@@ -13,12 +13,12 @@ from typing import Any, Literal
 from loraconv import __version__
 from loraconv.errors import FormatError, UsageError
 from loraconv.fusion.adapters import Used, open_adapters
-from loraconv.fusion.llava import HfLlava, Run, one_dtype, open_hf, open_run, refuse_projector_only, run_notices
+from loraconv.fusion.llava import Joined, join, refuse_projector_only
 from loraconv.fusion.match import FUSED_KEY, fused_before, refuse_fused_twice, terms_of
 from loraconv.fusion.rest import Kept, listing, refuse_loss, rest_of, settings_of
 from loraconv.fusion.result import FusedAdapter, FusedFile, FuseResult
 from loraconv.fusion.running import Plan, Rest, run
-from loraconv.fusion.shards import NOTHING, Shard, plan_shards
+from loraconv.fusion.shards import Shard, plan_shards
 from loraconv.io.atomic import clear_remains
 from loraconv.journal import JOURNAL
 from loraconv.lazy import nbytes
@@ -89,10 +89,8 @@ def fuse(
         model = opened.enter_context(open_model(base))
         refuse_projector_only(adapters)
         used = open_adapters(adapters, opened, alpha=alpha, rank=rank, strict=strict, nearest=nearest)
-        run_of = open_run(model, used, opened)
-        whole = model if run_of is None else run_of.joined(model)
-        hf = None if to is None else open_hf(whole, vision_tower, opened)
-        plan, said = _plan(model, used, run_of, hf, options)
+        joined = join(model, used, opened, hf=to is not None, tower=vision_tower, dtype=_dtype(dtype))
+        plan, said = _plan(model, used, joined, options)
         notices = tuple(dict.fromkeys([*(notice for one in used for notice in one.notices), *said]))
         result = _planned(plan, model.folder if out is None else Path(out), notices, options)
         if dry_run:
@@ -100,44 +98,32 @@ def fuse(
         return run(plan, result, overwrite=overwrite, journal=options["journal"], prove=prove)
 
 
-def _plan(
-    model: Model, used: tuple[Used, ...], run: Run | None, hf: HfLlava | None, options: dict[str, Any]
-) -> tuple[Plan, list[str]]:
-    """The plan, and what has to be said about base and run."""
-    dtype, size = _dtype(options["dtype"]), options["max_shard_size"]
-    whole = model if run is None else run.joined(model)
-    whole = whole if hf is None else hf.joined(whole)
-    said = [*refuse_fused_twice(model, used), *run_notices(model, used, run), *(() if hf is None else hf.notices)]
-    stored, other = dtype, run is not None or hf is not None
-    if other:
-        stored, more = one_dtype(model, whole, dtype)
-        dtype, said = stored if more else dtype, said + more
-    modules, terms = terms_of(whole, used, options["modules"])
-    _refuse_narrow_journal(model, dtype, options["journal"])
-    _refuse_run_journal(model, other, options["journal"])
-    limit = None if size is None else parse_size(size)
-    names, more_rows = (NOTHING, NOTHING) if hf is None else (hf.names, hf.more)
-    shards, index = plan_shards(whole, terms, dtype, limit, names, more_rows)
+def _plan(model: Model, used: tuple[Used, ...], joined: Joined, options: dict[str, Any]) -> tuple[Plan, list[str]]:
+    """The plan, and what has to be said about the base and what is put into it."""
+    size = None if options["max_shard_size"] is None else parse_size(options["max_shard_size"])
+    said = [*refuse_fused_twice(model, used), *joined.notices]
+    modules, terms = terms_of(joined.whole, used, options["modules"])
+    _refuse_narrow_journal(model, joined.dtype, options["journal"])
+    _refuse_other_journal(model, joined.other, options["journal"])
+    shards, index = plan_shards(joined.whole, terms, joined.dtype, size, joined.names, joined.more)
     entire = not options["in_place"]
     kept, left = rest_of(model, whole=entire, own_index=size is None and not index)
-    settings = settings_of(whole, stored, other=other)
+    settings = settings_of(joined.whole, joined.told, other=joined.other)
     replaces = None
     if options["in_place"]:
         _refuse_in_place(model, left)
         replaces = listing(model.folder)
     plan = Plan(
         model=model,
-        run=run,
-        hf=hf,
-        whole=whole,
+        joined=joined,
         used=used,
         terms=terms,
         only=modules if options["modules"] else None,
-        dtype=dtype,
+        dtype=joined.dtype,
         place=f"{COMPONENT}/" if entire and model.pipeline else "",
-        shards=[replace(shard, metadata=_header(shard, whole, used, options["prove"])) for shard in shards],
+        shards=[replace(shard, metadata=_header(shard, joined.whole, used, options["prove"])) for shard in shards],
         texts={**index, **settings},
-        kept=_with_own(kept, settings, [*(run.kept if run else ()), *(hf.kept if hf else ())]),
+        kept=_with_own(kept, settings, joined.kept),
         rest=options["rest"],
         replaces=replaces,
     )
@@ -166,7 +152,7 @@ def _refuse_narrow_journal(model: Model, dtype: str | None, journal: bool) -> No
         )
 
 
-def _refuse_run_journal(model: Model, other: bool, journal: bool) -> None:
+def _refuse_other_journal(model: Model, other: bool, journal: bool) -> None:
     if journal and (other or model.layout.pickled):
         raise FormatError(
             "no journal can be written for this model",
@@ -214,7 +200,7 @@ def _most(used: Used) -> object:
 
 def _planned(plan: Plan, out: Path, notices: tuple[str, ...], options: dict[str, Any]) -> FuseResult:
     """The result before anything is written."""
-    model, place = plan.whole, plan.place
+    model, place = plan.joined.whole, plan.place
     files = [FusedFile(kept.name, kept.bytes, linked=plan.links(kept)) for kept in plan.kept]
     files += [FusedFile(place + shard.name, shard.bytes) for shard in plan.shards]
     files += [FusedFile(place + name, len(text)) for name, text in plan.texts.items()]
@@ -244,7 +230,7 @@ def _next(plan: Plan, out: Path) -> str:
     kind = config.get("_class_name")
     if isinstance(classes := config.get("architectures"), list) and classes:
         kind = classes[0]
-    if plan.hf is not None:
+    if plan.joined.hf is not None:
         kind = "LlavaForConditionalGeneration"
     if isinstance(kind, str) and kind.isidentifier():
         return f'{kind}.from_pretrained("{shown}")'

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from loraconv.errors import ProofFailed
 from loraconv.fusion.adapters import Used, file_digests
-from loraconv.fusion.llava import HfLlava, Run
+from loraconv.fusion.llava import Joined
 from loraconv.fusion.merging import Term, stack
 from loraconv.fusion.rest import Kept, Listing, refuse_changed
 from loraconv.fusion.result import FusedAdapter, FusedFile, FuseResult
@@ -37,17 +37,14 @@ Rest = Literal["copy", "link"]
 class Plan:
     """Everything that will be written.
 
-    ``run`` is the LLaVA run that brings tensors of its own, if one does, ``hf`` what makes it a model of
-    transformers, if that was asked for, and ``whole`` the base with their tensors, under the names of the base.
-    ``place`` is where in the output the weights go (empty, or a folder's name with a slash), ``texts`` names and texts
-    of a new index and of new settings, if they are needed; ``only`` the modules that the user chose, None for all.
-    ``replaces`` is what the base's folder held when it was opened, where that folder is to be replaced.
+    ``model`` is the base, ``joined`` that with what is put into it besides the adapters. ``place`` is where in the
+    output the weights go (empty, or a folder's name with a slash), ``texts`` names and texts of a new index and of new
+    settings, if they are needed; ``only`` the modules that the user chose, None for all. ``replaces`` is what the
+    base's folder held when it was opened, where that folder is to be replaced.
     """
 
     model: Model
-    run: Run | None
-    hf: HfLlava | None
-    whole: Model
+    joined: Joined
     used: tuple[Used, ...]
     terms: Mapping[str, Sequence[Term]]
     only: Sequence[str] | None
@@ -102,8 +99,9 @@ def _inputs(plan: Plan) -> list[Path]:
     """What the output may not touch. The folder that holds a single input file is no input; a replaced one is none."""
     sources = [one.source for one in plan.used]
     found = [path for s in sources for path in (s.path, *(f.path for f in s.files), s.config_path) if path is not None]
-    found += [] if plan.run is None else [plan.run.file.path]
-    found += [] if plan.hf is None else [plan.hf.tower.folder]
+    run, hf = plan.joined.run, plan.joined.hf
+    found += [] if run is None else [run.file.path]
+    found += [] if hf is None else [hf.tower.folder]
     if plan.replaces is None:
         model = plan.model
         found += [file.path for file in model.files.values()]
@@ -115,10 +113,7 @@ def _check_unchanged(plan: Plan) -> None:
     plan.model.check_unchanged()
     for one in plan.used:
         one.source.check_unchanged()
-    if plan.run is not None:
-        plan.run.file.check_unchanged()
-    if plan.hf is not None:
-        plan.hf.tower.check_unchanged()
+    plan.joined.check_unchanged()
 
 
 def _keep(folder: OutputFolder, plan: Plan, progress: Progress) -> list[FusedFile]:
@@ -151,6 +146,14 @@ def _output(folder: OutputFolder, plan: Plan) -> Path:
     return folder.path / plan.place / (plan.shards[0].name if alone else "")
 
 
+def _beside(plan: Plan) -> dict[str, TensorRef]:
+    """What was trained whole, and the tower that the base lacks, as the verifier names them."""
+    run, hf = plan.joined.run, plan.joined.hf
+    tower = {} if hf is None else tower_beside(hf.tower.tensors)
+    trained = {} if run is None else trained_beside(read_tensors(run.file))
+    return {**{name: ref for name, ref in tower.items() if name not in plan.model.tensors}, **trained}
+
+
 def _prove(plan: Plan, made: Mapping[str, TensorRef]) -> FusedReport:
     """Compare what is on disk with base and adapters by the formats' own definitions."""
     terms = []
@@ -158,11 +161,9 @@ def _prove(plan: Plan, made: Mapping[str, TensorRef]) -> FusedReport:
         source = one.source
         pairs = pairs_of(one.detected.dialect.name, list(source.ranks), source.metadata, source.config, one.alpha)
         terms.append(ProvenTerm(pairs, one.strength))
-    base = plan.model.tensors
-    tower = {} if plan.hf is None else tower_beside(plan.hf.tower.tensors)
-    beside = {name: ref for name, ref in tower.items() if name not in base}
-    beside |= {} if plan.run is None else trained_beside(read_tensors(plan.run.file))
-    made, rows = (made, None) if plan.hf is None else as_original(made, {**base, **beside})
+    base, beside, rows = plan.model.tensors, _beside(plan), None
+    if plan.joined.hf is not None:
+        made, rows = as_original(made, {**base, **beside})
     report = prove_fused(base, terms, made, only=plan.only, dtype=plan.dtype, beside=beside)
     if rows is not None:
         report = replace(report, proof=replace(report.proof, checks=(*report.proof.checks, rows)))

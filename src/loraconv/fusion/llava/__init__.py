@@ -2,25 +2,7 @@
 
 from __future__ import annotations
 
-from loraconv.fusion.llava.hf import HfLlava, open_hf
-from loraconv.fusion.llava.run import (
-    Run,
-    one_dtype,
-    open_run,
-    refuse_projector_only,
-    refuse_unfinished,
-    run_notices,
-    trained_whole,
-)
+from loraconv.fusion.llava.joining import Joined, join
+from loraconv.fusion.llava.run import refuse_projector_only, refuse_unfinished, trained_whole
 
-__all__ = [
-    "HfLlava",
-    "Run",
-    "one_dtype",
-    "open_hf",
-    "open_run",
-    "refuse_projector_only",
-    "refuse_unfinished",
-    "run_notices",
-    "trained_whole",
-]
+__all__ = ["Joined", "join", "refuse_projector_only", "refuse_unfinished", "trained_whole"]
