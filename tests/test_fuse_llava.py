@@ -262,6 +262,11 @@ def _empty(folder: Path) -> None:
     _rewrite(folder, lambda s: s.update({f"{WRAPPER}model.mm_projector.0.weight": torch.empty(0)}))
 
 
+def _empty_factors(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file({name: torch.empty(0) for name in load_file(file)}, file)
+
+
 def _half(folder: Path) -> None:
     _rewrite(folder, lambda s: s.pop(f"{WRAPPER}model.mm_projector.2.weight"))
 
@@ -306,6 +311,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "tensors without settings":       (_no_settings, "projector-missing", "config.json"),
     "a misspelt name":                (_misspelt, "no-home", "model.mm_projector.0.bias"),
     "not gathered under zero-3":      (_empty, "zero3-empty", "model.mm_projector.0.weight"),
+    "an adapter not gathered":        (_empty_factors, "factor-shape", "ZeRO-3 without being gathered"),
     "half of a projector":            (_half, "projector-incomplete", "model.mm_projector.2.weight"),
     "another width":                  (_narrow, "base-mismatch", "[32, 24]"),
     "integers":                       (_integers, "base-mismatch", "I32"),
