@@ -936,8 +936,8 @@ def test_the_json_of_a_fusion_has_schema_1_and_the_documented_keys(
 ) -> None:
     value = json.loads(cli("fuse", adapter, "--base", base, "-o", tmp_path / "out", "--json").out)
     assert set(value) == {
-        "schema", "kind", "out", "dry_run", "base", "adapters", "fused", "tensors", "files", "crc32", "kept", "proofs",
-        "notices", "options", "journal",
+        "schema", "kind", "out", "dry_run", "base", "adapters", "fused", "beside", "tensors", "files", "crc32", "kept",
+        "proofs", "notices", "options", "journal",
     }  # fmt: skip
     assert (value["schema"], value["kind"], value["tensors"]) == (1, "fused", 29)
 

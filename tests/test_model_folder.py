@@ -334,8 +334,8 @@ def test_a_folder_without_weights_says_what_it_holds(tmp_path: Path) -> None:
     folder = model(tmp_path / "m")
     (folder / SINGLE).rename(folder / "diffusion_pytorch_model.bin")
     assert "pickled" in refused(folder, FormatError, "no-weights").why
-    (folder / "diffusion_pytorch_model.bin").rename(folder / "model.safetensors")
-    assert "model.safetensors" in refused(folder, FormatError, "no-weights").hint
+    (folder / "diffusion_pytorch_model.bin").rename(folder / "weights.safetensors")
+    assert "weights.safetensors" in refused(folder, FormatError, "no-weights").hint
     (tmp_path / "empty").mkdir()
     assert "empty" in refused(tmp_path / "empty", FormatError, "no-weights").why
 
@@ -433,3 +433,73 @@ def test_a_header_length_that_looks_like_another_container_is_only_a_length(tmp_
     (tmp_path / SINGLE).write_bytes(length.to_bytes(8, "little") + entry.ljust(length - 1) + b"}" + bytes(4))
     with open_model(tmp_path / SINGLE) as opened:
         assert list(opened.tensors) == ["a"]
+
+
+# --- the layout of transformers -----------------------------------------------------------------------------------
+
+
+def torch_shards(folder: Path, listed: dict[str, str] | None = None) -> Path:
+    """A language model's folder of two torch files."""
+    import torch
+
+    folder.mkdir(parents=True)
+    names = [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
+    for tensor, name in zip("ab", names, strict=True):
+        torch.save({f"{tensor}.weight": torch.ones(4, 4)}, folder / name)
+    listed = listed or {"a.weight": names[0], "b.weight": names[1]}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    return folder
+
+
+def test_torch_files_are_read_by_their_index(tmp_path: Path) -> None:
+    with open_model(torch_shards(tmp_path / "m")) as opened:
+        assert {name: (ref.name, ref.dtype, ref.shape) for name, ref in opened.tensors.items()} == {
+            "a.weight": ("a.weight", "F32", (4, 4)),
+            "b.weight": ("b.weight", "F32", (4, 4)),
+        }
+        assert opened.layout.pickled
+
+
+def test_of_safetensors_and_torch_files_the_safetensors_are_taken(tmp_path: Path) -> None:
+    folder = torch_shards(tmp_path / "m")
+    save_file(weights("c.weight"), folder / "model.safetensors")
+    with open_model(folder) as opened:
+        assert list(opened.tensors) == ["c.weight"]
+    save_file(weights("d.weight"), folder / "model.fp16.safetensors")
+    refused(folder, UsageError, "base-ambiguous")
+
+
+def test_other_names_that_begin_with_model_are_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "m" / "model").mkdir(parents=True)
+    save_file(weights("c.weight"), tmp_path / "m" / "model_ema.safetensors")
+    refused(tmp_path / "m", FormatError, "no-weights")
+
+
+@pytest.mark.parametrize("shard", ["../pytorch_model-00001-of-00002.bin", "/etc/passwd", "model.safetensors"])
+def test_an_index_of_torch_files_names_nothing_else(tmp_path: Path, shard: str) -> None:
+    folder = torch_shards(tmp_path / "m", {"a.weight": shard, "b.weight": "pytorch_model-00002-of-00002.bin"})
+    refused(folder, UnsafeCheckpoint, "index-unsafe")
+
+
+def test_torch_files_that_contradict_their_index_are_refused(tmp_path: Path) -> None:
+    names = [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
+    folder = torch_shards(tmp_path / "m", {"b.weight": names[0], "a.weight": names[1]})
+    refused(folder, CorruptCheckpoint, "index-contradiction")
+    (folder / names[1]).unlink()
+    refused(folder, CorruptCheckpoint, "shard-missing")
+    (folder / "pytorch_model.bin.index.json").unlink()
+    refused(folder, CorruptCheckpoint, "index-missing")
+
+
+def test_a_torch_file_that_calls_something_is_never_run(tmp_path: Path) -> None:
+    import torch
+
+    class Call:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "was run"),)
+
+    (tmp_path / "m").mkdir()
+    torch.save({"a.weight": torch.ones(2), "b": Call()}, tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(UnsafeCheckpoint), open_model(tmp_path / "m"):
+        pass
+    assert not (tmp_path / "was run").exists()

@@ -71,7 +71,7 @@ def check_base(tensors: Mapping[str, Lazy], watch: Watch) -> tuple[list[str], di
     leaves = {(leaf.file, leaf.storage): leaf for tensor in tensors.values() for leaf in tensor.leaves()}
     for storage, leaf in leaves.items():
         whole = _joined(parts.get(storage, {}), *leaf.storage)
-        _compare(leaf, _storage_crc(leaf) if whole is None else whole)
+        compare_crc(leaf, _storage_crc(leaf) if whole is None else whole)
     return bad, checksums
 
 
@@ -99,10 +99,11 @@ def _storage_crc(leaf: TensorRef) -> int:
 def check_storage(leaf: TensorRef) -> None:
     """Raise :class:`CorruptCheckpoint` where the bytes of a storage do not have the CRC-32 that its container tells."""
     if leaf.storage_crc is not None:
-        _compare(leaf, _storage_crc(leaf))
+        compare_crc(leaf, _storage_crc(leaf))
 
 
-def _compare(leaf: TensorRef, crc: int) -> None:
+def compare_crc(leaf: TensorRef, crc: int) -> None:
+    """Raise :class:`CorruptCheckpoint` where ``crc``, of a whole storage, is not the one that its container tells."""
     if leaf.storage_crc is not None and crc != leaf.storage_crc:
         raise CorruptCheckpoint(
             f"the bytes of {printable(leaf.name)} do not match their checksum",
@@ -120,7 +121,7 @@ def _storage_is_finite(leaf: TensorRef) -> bool:
         piece = leaf.file.pread(offset, min(PIECE_BYTES, start + length - offset))
         crc = crc32(piece, crc)
         finite = finite and all_finite(piece, leaf.dtype)
-    _compare(leaf, crc)
+    compare_crc(leaf, crc)
     return finite
 
 

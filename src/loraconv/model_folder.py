@@ -21,16 +21,15 @@ from loraconv.io.input_file import InputFile
 from loraconv.io.safetensors_read import read_safetensors
 from loraconv.io.shard_index import read_index
 from loraconv.io.sidecar import read_json
+from loraconv.io.torch_read import read_tensors
+from loraconv.layouts import Layout, is_one_of_several, layout_of
 from loraconv.lazy import TensorRef
 from loraconv.names import fold_names, printable, quoted
 from loraconv.quantised import refuse_quantised
 
-#: diffusers' names: of a pipeline's list of parts, of the folder of the part that is fused, and of its settings.
+#: The names of a pipeline's list of parts, of the folder of the part that is fused, and of a model's settings.
 PIPELINE, COMPONENT, CONFIG = "model_index.json", "transformer", "config.json"
 
-_WEIGHTS = re.compile(r"diffusion_pytorch_model.*\.safetensors", re.DOTALL)
-_INDEX = re.compile(r"diffusion_pytorch_model.*\.safetensors\.index.*\.json", re.DOTALL)
-_ONE_OF_SEVERAL = re.compile(r".*-\d{5}-of-(?!00001)\d{5}\.safetensors", re.DOTALL)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -52,6 +51,7 @@ class Model:
     metadata: dict[str, dict[str, str]]
     config: dict[str, Any] | None
     index: str | None
+    layout: Layout
 
     @property
     def single(self) -> str | None:
@@ -73,8 +73,9 @@ class Model:
 def open_model(path: str | Path) -> Iterator[Model]:
     """Open a base model; its files are closed at the end of the block.
 
-    ``path`` is a diffusers transformer folder, a pipeline's folder (its ``transformer/`` is meant), one safetensors
-    file, or the id of a Hub repository in the local cache (the network is never asked).
+    ``path`` is a diffusers transformer folder, a pipeline's folder (its ``transformer/`` is meant), a folder of
+    transformers (safetensors, or ``pytorch_model*.bin``), one safetensors file, or the id of a Hub repository in the
+    local cache (the network is never asked).
 
     Raises :class:`UsageError` (not there, unreadable, several models), :class:`FormatError` (no weights, quantised),
     :class:`CorruptCheckpoint` (damaged, shards missing or contradicting the index) and :class:`UnsafeCheckpoint` (names
@@ -83,15 +84,16 @@ def open_model(path: str | Path) -> Iterator[Model]:
     place, single = _place(path)
     with ExitStack() as stack:
         if single:
-            yield _open(Path(path), place.parent, None, {place.name: place}, None, stack)
+            yield _open(Path(path), place.parent, None, {place.name: place}, None, layout_of(()), stack)
             return
         pipeline = place if (place / PIPELINE).is_file() else None
         folder = place / COMPONENT if pipeline or _is_part_of_pipeline(place) else place
         if pipeline:
             _refuse_no_component(folder)
-        index, listed = _weights(folder)
+        layout, index, listed = _weights(folder)
         names = list(dict.fromkeys(listed.values())) if index else list(listed)
-        model = _open(Path(path), folder, pipeline, {name: inside(folder, name) for name in names}, index, stack)
+        places = {name: inside(folder, name) for name in names}
+        model = _open(Path(path), folder, pipeline, places, index, layout, stack)
         if index:
             _compare(folder / index, listed, model.tensors)
         yield model
@@ -148,20 +150,21 @@ def _refuse_no_component(folder: Path) -> None:
         raise _leads_out(folder)
 
 
-def _weights(folder: Path) -> tuple[str | None, dict[str, str]]:
-    """``(index, tensor -> shard)``, or, where there is no index, ``(None, {the only file: ""})``."""
+def _weights(folder: Path) -> tuple[Layout, str | None, dict[str, str]]:
+    """``(layout, index, tensor -> shard)``, or, where there is no index, ``(layout, None, {the only file: ""})``."""
     names = sorted(os.listdir(folder))
-    indexes = [name for name in names if _INDEX.fullmatch(name)]
-    listed = read_index(inside(folder, indexes[0])) if len(indexes) == 1 else {}
-    alone = [name for name in names if _WEIGHTS.fullmatch(name) and name not in set(listed.values())]
+    layout = layout_of(names)
+    indexes = [name for name in names if layout.lists(name)]
+    listed = read_index(inside(folder, indexes[0]), layout.suffix) if len(indexes) == 1 else {}
+    alone = [name for name in names if layout.holds(name) and name not in set(listed.values())]
     if len(indexes) == 1 and not alone:
-        return indexes[0], listed
-    if not indexes and len(alone) == 1 and not _ONE_OF_SEVERAL.fullmatch(alone[0]):
-        return None, {alone[0]: ""}
-    if not indexes and alone and all(map(_ONE_OF_SEVERAL.fullmatch, alone)):
+        return layout, indexes[0], listed
+    if not indexes and len(alone) == 1 and not is_one_of_several(alone[0]):
+        return layout, None, {alone[0]: ""}
+    if not indexes and alone and all(map(is_one_of_several, alone)):
         raise CorruptCheckpoint(
             f"the base model's index is missing: {printable(str(folder), 1000)}",
-            why=f"{len(alone)} shards, and no diffusion_pytorch_model.safetensors.index.json that says what is in them",
+            why=f"{len(alone)} shards, and no {layout.index} that says what is in them",
             hint="fetch or copy the folder again",
             slug="index-missing",
         )
@@ -179,7 +182,7 @@ def _no_weights(folder: Path, names: list[str]) -> LoraconvError:
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     single = [name for name in names if name.endswith((".safetensors", ".gguf"))]
     shown = ", ".join(printable(name, 60) for name in names[:6]) + (", ..." if len(names) > 6 else "")
-    hint = f"pass the folder that holds diffusion_pytorch_model.safetensors; ls {quoted(folder)}"
+    hint = f"pass the folder that holds diffusion_pytorch_model.safetensors or model.safetensors; ls {quoted(folder)}"
     if single:
         hint = f"if this file is the model, pass it: --base {quoted(folder / single[0])}"
     return FormatError(
@@ -239,21 +242,34 @@ def _leads_out(path: Path) -> UnsafeCheckpoint:
 
 
 def _open(
-    path: Path, folder: Path, pipeline: Path | None, places: Mapping[str, Path], index: str | None, stack: ExitStack
+    path: Path,
+    folder: Path,
+    pipeline: Path | None,
+    places: Mapping[str, Path],
+    index: str | None,
+    layout: Layout,
+    stack: ExitStack,
 ) -> Model:
     files = {name: stack.enter_context(InputFile(place)) for name, place in places.items()}
     tensors: dict[str, TensorRef] = {}
     metadata: dict[str, dict[str, str]] = {}
     for name, file in files.items():
-        _refuse_other_containers(file)
-        header = read_safetensors(file)
-        if twice := [tensor for tensor in header.tensors if tensor in tensors]:
+        found, metadata[name] = _read(file, layout)
+        if twice := [tensor for tensor in found if tensor in tensors]:
             raise _contradiction(file.path, "tensors are in two shards", twice)
-        tensors |= header.tensors
-        metadata[name] = header.metadata
+        tensors |= found
     config = read_json(inside(folder, CONFIG)) if os.path.lexists(folder / CONFIG) else None
     refuse_quantised(path, tensors, metadata, config)
-    return Model(path, folder, pipeline, files, tensors, metadata, config, index)
+    return Model(path, folder, pipeline, files, tensors, metadata, config, index, layout)
+
+
+def _read(file: InputFile, layout: Layout) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    """Tensors and header of one file of weights."""
+    if layout.pickled:
+        return read_tensors(file), {}
+    _refuse_other_containers(file)
+    header = read_safetensors(file)
+    return header.tensors, header.metadata
 
 
 def _refuse_other_containers(file: InputFile) -> None:

@@ -170,11 +170,14 @@ def _check_pair(source: Source, module: str, down: TensorRef, up: TensorRef) -> 
         )
     flat = len(down.shape) == 2 and len(up.shape) == 2
     if not flat or down.shape[0] != up.shape[1] or not down.shape[0]:
+        empty = (0,) in (down.shape, up.shape)
+        cause = ": saved under DeepSpeed ZeRO-3 without being gathered, the file holds no number" if empty else ""
+        hint = "save the checkpoint again, or copy it again from where it was trained"
         raise CorruptCheckpoint(
             f"the two LoRA factors of {printable(module)} do not fit together",
             where=printable(str(source.path)),
-            why=f"down is {list(down.shape)}, up is {list(up.shape)}",
-            hint="save the checkpoint again, or copy it again from where it was trained",
+            why=f"down is {list(down.shape)}, up is {list(up.shape)}{cause}",
+            hint="save it with stage3_gather_16bit_weights_on_model_save, or train with stage 2" if empty else hint,
             slug="factor-shape",
         )
     for tensor in (down, up):

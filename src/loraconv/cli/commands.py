@@ -282,6 +282,8 @@ def roundtrip(as_json: bool, quiet: bool, debug: bool, **options: Any) -> int:
     show_default=True,
     help="Copy the other parts of a pipeline, or link them.",
 )
+@click.option("--to", type=click.Choice(["hf-llava"]), help="Of a LLaVA run: LlavaForConditionalGeneration.")
+@click.option("--vision-tower", metavar="DIR", help="With --to hf-llava: the CLIP model that the run was trained with.")
 @click.option("--strict", is_flag=True, help="Refuse an alpha that only a convention says.")
 @click.option("--nearest", is_flag=True, help="Accept a model-parallel LoRA: add the nearest single adapter.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output of loraconv.")

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loraconv import __version__
 from loraconv.errors import FormatError, UsageError
 from loraconv.fusion.adapters import Used, open_adapters
+from loraconv.fusion.llava import Joined, join, refuse_projector_only
 from loraconv.fusion.match import FUSED_KEY, fused_before, refuse_fused_twice, terms_of
-from loraconv.fusion.rest import listing, refuse_loss, rest_of
+from loraconv.fusion.rest import Kept, listing, refuse_loss, rest_of, settings_of
 from loraconv.fusion.result import FusedAdapter, FusedFile, FuseResult
 from loraconv.fusion.running import Plan, Rest, run
 from loraconv.fusion.shards import Shard, plan_shards
@@ -24,6 +25,8 @@ from loraconv.lazy import nbytes
 from loraconv.model_folder import COMPONENT, Model, in_hub_cache, open_model
 from loraconv.names import DTYPE_WORDS, printable, quoted
 from loraconv.plan_base import parse_size
+
+Target = Literal["hf-llava"]
 
 
 def fuse(
@@ -43,12 +46,16 @@ def fuse(
     nearest: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    to: Target | None = None,
+    vision_tower: str | Path | None = None,
 ) -> FuseResult:
     """Write the model ``base`` with the adapters added to its weights into the folder ``out``.
 
     Each weight becomes ``round(base + sum(strength * scale * up @ down))``, the exact sum rounded once; all other
     tensors keep their bytes. An adapter is anything that loraconv reads, ``PATH@0.8`` gives it a strength. ``base`` is
-    a transformer folder, a pipeline's folder, a safetensors file or the id of a Hub repository in the local cache.
+    a transformer folder, a pipeline's folder, a language model's folder, a safetensors file or the id of a Hub
+    repository in the local cache. Of a LLaVA run, what was trained whole (the projector) goes in as well; ``to``
+    (``hf-llava``) makes a ``LlavaForConditionalGeneration`` of it, with the CLIP model in the folder ``vision_tower``.
 
     ``alpha`` overrides what the files say, ``rank`` must be that of the tensors; ``modules`` are patterns such as
     ``transformer_blocks.{0-9}.*``; ``dtype`` (``fp32``, ``fp16``, ``bf16``) is for every floating tensor;
@@ -67,8 +74,12 @@ def fuse(
     options: dict[str, Any] = {
         "alpha": alpha, "dtype": dtype, "in_place": in_place, "journal": journal or in_place,
         "max_shard_size": max_shard_size, "modules": list(modules), "nearest": nearest, "prove": prove, "rank": rank,
-        "rest": rest, "strict": strict,
+        "rest": rest, "strict": strict, "to": to,
     }  # fmt: skip
+    if to not in (None, "hf-llava") or (to is None and vision_tower is not None):
+        raise UsageError(
+            "--to is hf-llava, and --vision-tower is for it alone", hint="--to hf-llava --vision-tower DIR"
+        )
     if in_place == (out is not None):
         raise UsageError("either an output folder or --in-place", hint="loraconv fuse ADAPTER --base MODEL -o OUT")
     if in_place and not dry_run:
@@ -76,8 +87,10 @@ def fuse(
             clear_remains(place)
     with ExitStack() as opened:
         model = opened.enter_context(open_model(base))
+        refuse_projector_only(adapters)
         used = open_adapters(adapters, opened, alpha=alpha, rank=rank, strict=strict, nearest=nearest)
-        plan, said = _plan(model, used, options)
+        joined = join(model, used, opened, hf=to is not None, tower=vision_tower, dtype=_dtype(dtype))
+        plan, said = _plan(model, used, joined, options)
         notices = tuple(dict.fromkeys([*(notice for one in used for notice in one.notices), *said]))
         result = _planned(plan, model.folder if out is None else Path(out), notices, options)
         if dry_run:
@@ -85,33 +98,42 @@ def fuse(
         return run(plan, result, overwrite=overwrite, journal=options["journal"], prove=prove)
 
 
-def _plan(model: Model, used: tuple[Used, ...], options: dict[str, Any]) -> tuple[Plan, list[str]]:
-    """The plan, and what has to be said about the base."""
-    dtype, size = _dtype(options["dtype"]), options["max_shard_size"]
-    said = refuse_fused_twice(model, used)
-    modules, terms = terms_of(model, used, options["modules"])
-    _refuse_narrow_journal(model, dtype, options["journal"])
-    shards, index = plan_shards(model, terms, dtype, None if size is None else parse_size(size))
-    whole = not options["in_place"]
-    kept, left = rest_of(model, whole=whole, own_index=size is None and not index)
+def _plan(model: Model, used: tuple[Used, ...], joined: Joined, options: dict[str, Any]) -> tuple[Plan, list[str]]:
+    """The plan, and what has to be said about the base and what is put into it."""
+    size = None if options["max_shard_size"] is None else parse_size(options["max_shard_size"])
+    said = [*refuse_fused_twice(model, used), *joined.notices]
+    modules, terms = terms_of(joined.whole, used, options["modules"])
+    _refuse_narrow_journal(model, joined.dtype, options["journal"])
+    _refuse_other_journal(model, joined.other, options["journal"])
+    shards, index = plan_shards(joined.whole, terms, joined.dtype, size, joined.names, joined.more)
+    entire = not options["in_place"]
+    kept, left = rest_of(model, whole=entire, own_index=size is None and not index)
+    settings = settings_of(joined.whole, joined.told, other=joined.other)
     replaces = None
     if options["in_place"]:
         _refuse_in_place(model, left)
         replaces = listing(model.folder)
     plan = Plan(
         model=model,
+        joined=joined,
         used=used,
         terms=terms,
         only=modules if options["modules"] else None,
-        dtype=dtype,
-        place=f"{COMPONENT}/" if whole and model.pipeline else "",
-        shards=[replace(shard, metadata=_header(shard, model, used, options["prove"])) for shard in shards],
-        index=index,
-        kept=kept,
+        dtype=joined.dtype,
+        place=f"{COMPONENT}/" if entire and model.pipeline else "",
+        shards=[replace(shard, metadata=_header(shard, joined.whole, used, options["prove"])) for shard in shards],
+        texts={**index, **settings},
+        kept=_with_own(kept, settings, joined.kept),
         rest=options["rest"],
         replaces=replaces,
     )
     return plan, [*said, *left]
+
+
+def _with_own(kept: list[Kept], settings: dict[str, str], own: list[Kept]) -> list[Kept]:
+    """What is kept of the base, less what is written anew, with ``own`` files in the place of the base's."""
+    names = {*settings, *(one.name for one in own)}
+    return [*(one for one in kept if one.name not in names), *own]
 
 
 def _dtype(word: str | None) -> str | None:
@@ -127,6 +149,17 @@ def _refuse_narrow_journal(model: Model, dtype: str | None, journal: bool) -> No
             why="it holds differences between numbers of one dtype, from which the base comes back bit for bit",
             hint="leave --dtype out, or leave --journal and --in-place out and keep the base",
             slug="journal-dtype",
+        )
+
+
+def _refuse_other_journal(model: Model, other: bool, journal: bool) -> None:
+    if journal and (other or model.layout.pickled):
+        raise FormatError(
+            "no journal can be written for this model",
+            why="it holds differences to the tensors of a safetensors base; "
+            + ("this run replaces tensors of the base, or adds some" if other else "the base is a torch file"),
+            hint="leave --journal and --in-place out and keep the base: -o OUT",
+            slug="journal-run",
         )
 
 
@@ -167,10 +200,10 @@ def _most(used: Used) -> object:
 
 def _planned(plan: Plan, out: Path, notices: tuple[str, ...], options: dict[str, Any]) -> FuseResult:
     """The result before anything is written."""
-    model, place = plan.model, plan.place
+    model, place = plan.joined.whole, plan.place
     files = [FusedFile(kept.name, kept.bytes, linked=plan.links(kept)) for kept in plan.kept]
     files += [FusedFile(place + shard.name, shard.bytes) for shard in plan.shards]
-    files += [FusedFile(place + name, len(text)) for name, text in plan.index.items()]
+    files += [FusedFile(place + name, len(text)) for name, text in plan.texts.items()]
     return FuseResult(
         out=out,
         base=model.path,
@@ -180,6 +213,7 @@ def _planned(plan: Plan, out: Path, notices: tuple[str, ...], options: dict[str,
         fused=tuple(plan.terms),
         fused_bytes=sum(nbytes(model.tensors[name]) for name in plan.terms),
         tensors=len(model.tensors),
+        beside=tuple(n for n, ref in model.tensors.items() if plan.model.tensors.get(n) is not ref),
         files=tuple(files),
         notices=notices,
         options=options,
@@ -192,7 +226,12 @@ def _next(plan: Plan, out: Path) -> str:
     shown = printable(str(out), 1000).replace('"', '\\"')
     if plan.place:
         return f'DiffusionPipeline.from_pretrained("{shown}")'
-    kind = (plan.model.config or {}).get("_class_name")
+    config = plan.model.config or {}
+    kind = config.get("_class_name")
+    if isinstance(classes := config.get("architectures"), list) and classes:
+        kind = classes[0]
+    if plan.joined.hf is not None:
+        kind = "LlavaForConditionalGeneration"
     if isinstance(kind, str) and kind.isidentifier():
         return f'{kind}.from_pretrained("{shown}")'
     return f"loraconv verify {quoted(out)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -9,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraconv.errors import CorruptCheckpoint, FormatError
+from loraconv.io.sidecar import read_json
 from loraconv.io.target import MANIFEST
 from loraconv.journal import JOURNAL
 from loraconv.model_folder import COMPONENT, CONFIG, Model, inside
 from loraconv.names import printable
 
+#: torch's names of the dtypes that a fused model can have.
+_TORCH = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 #: What loraconv itself left in a base that was fused before: of that model, not of the next.
 _OURS = {MANIFEST, JOURNAL}
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf", ".safetensors", ".index.json")
@@ -70,6 +74,23 @@ def _files(folder: Path, prefix: str = "") -> Iterator[str]:
                 yield from _files(folder / entry.name, f"{prefix}{entry.name}/")
             else:
                 yield prefix + entry.name
+
+
+def settings_of(model: Model, dtype: str | None, *, other: bool) -> dict[str, str]:
+    """Name and text of a config.json that is not the base's own: of another dtype, or of an ``other`` model.
+
+    transformers loads in the dtype that it finds there (``dtype``, before 4.56 ``torch_dtype``), so it must be that of
+    the weights.
+    """
+    config = model.config
+    if config is None or not (other or model.layout.library == "transformers"):
+        return {}
+    if dtype is not None:
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config = {**config, key: _TORCH[dtype]}
+    if (model.folder / CONFIG).is_file() and config == read_json(inside(model.folder, CONFIG)):
+        return {}
+    return {CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n"}
 
 
 Listing = dict[str, tuple[int, ...]]

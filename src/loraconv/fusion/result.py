@@ -76,7 +76,8 @@ class FusedFile:
 class FuseResult:
     """What ``fuse`` did, or, with ``dry_run``, would do (then files have no checksums and there is no proof).
 
-    ``fused`` are the names of the tensors that adapters were added to, ``tensors`` the number of all. ``crc32`` are
+    ``fused`` are the names of the tensors that adapters were added to, ``beside`` of those that the run trained whole,
+    ``tensors`` the number of all. ``crc32`` are
     checksums of all tensors as they are written, ``base_crc32`` those of the fused ones before. ``kept`` is the share
     of the adapters' change that the rounding to the output's dtype left, None where nothing was proved.
     """
@@ -90,6 +91,7 @@ class FuseResult:
     fused_bytes: int
     tensors: int
     files: tuple[FusedFile, ...]
+    beside: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     crc32: Mapping[str, str] = field(default_factory=dict)
@@ -113,6 +115,7 @@ class FuseResult:
             },
             "adapters": [adapter.to_dict() for adapter in self.adapters],
             "fused": list(self.fused),
+            "beside": list(self.beside),
             "tensors": self.tensors,
             "files": [asdict(file) for file in self.files],
             "crc32": dict(self.crc32),

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from loraconv.errors import ProofFailed
 from loraconv.fusion.adapters import Used, file_digests
+from loraconv.fusion.llava import Joined
 from loraconv.fusion.merging import Term, stack
 from loraconv.fusion.rest import Kept, Listing, refuse_changed
 from loraconv.fusion.result import FusedAdapter, FusedFile, FuseResult
@@ -19,12 +20,14 @@ from loraconv.fusion.stream import Progress, write_shards
 from loraconv.io.atomic import OutputFolder, output_folder
 from loraconv.io.input_file import InputFile
 from loraconv.io.target import MANIFEST
+from loraconv.io.torch_read import read_tensors
 from loraconv.journal import write_journal
 from loraconv.lazy import TensorRef
 from loraconv.model_folder import Model, open_model
 from loraconv.ordered import in_order, workers
 from loraconv.verifier.fused import FusedReport, prove_fused
 from loraconv.verifier.fused import Term as ProvenTerm
+from loraconv.verifier.llava import as_original, tower_beside, trained_beside
 from loraconv.verifier.oracles import pairs_of
 
 Rest = Literal["copy", "link"]
@@ -34,19 +37,21 @@ Rest = Literal["copy", "link"]
 class Plan:
     """Everything that will be written.
 
-    ``place`` is where in the output the weights go (empty, or a folder's name with a slash), ``index`` name and text of
-    a new index, if one is needed; ``only`` the modules that the user chose, None for all. ``replaces`` is what the
+    ``model`` is the base, ``joined`` that with what is put into it besides the adapters. ``place`` is where in the
+    output the weights go (empty, or a folder's name with a slash), ``texts`` names and texts of a new index and of new
+    settings, if they are needed; ``only`` the modules that the user chose, None for all. ``replaces`` is what the
     base's folder held when it was opened, where that folder is to be replaced.
     """
 
     model: Model
+    joined: Joined
     used: tuple[Used, ...]
     terms: Mapping[str, Sequence[Term]]
     only: Sequence[str] | None
     dtype: str | None
     place: str
     shards: Sequence[Shard]
-    index: Mapping[str, str]
+    texts: Mapping[str, str]
     kept: Sequence[Kept]
     rest: Rest
     replaces: Listing | None
@@ -73,7 +78,7 @@ def run(plan: Plan, planned: FuseResult, *, overwrite: bool, journal: bool, prov
         kept = _keep(folder, plan, progress)
         written = write_shards(folder, plan.place, plan.shards, plan.terms, progress)
         files = [*kept, *(FusedFile(name, file.size) for name, file in written.files.items())]
-        files += [_write_text(folder, plan.place + name, text) for name, text in plan.index.items()]
+        files += [_write_text(folder, plan.place + name, text) for name, text in plan.texts.items()]
         result = replace(planned, crc32=written.crc32, base_crc32=written.base_crc32)
         with open_model(_output(folder, plan)) as made:
             if prove:
@@ -94,6 +99,9 @@ def _inputs(plan: Plan) -> list[Path]:
     """What the output may not touch. The folder that holds a single input file is no input; a replaced one is none."""
     sources = [one.source for one in plan.used]
     found = [path for s in sources for path in (s.path, *(f.path for f in s.files), s.config_path) if path is not None]
+    run, hf = plan.joined.run, plan.joined.hf
+    found += [] if run is None else [run.file.path]
+    found += [] if hf is None else [hf.tower.folder]
     if plan.replaces is None:
         model = plan.model
         found += [file.path for file in model.files.values()]
@@ -105,6 +113,7 @@ def _check_unchanged(plan: Plan) -> None:
     plan.model.check_unchanged()
     for one in plan.used:
         one.source.check_unchanged()
+    plan.joined.check_unchanged()
 
 
 def _keep(folder: OutputFolder, plan: Plan, progress: Progress) -> list[FusedFile]:
@@ -137,6 +146,14 @@ def _output(folder: OutputFolder, plan: Plan) -> Path:
     return folder.path / plan.place / (plan.shards[0].name if alone else "")
 
 
+def _beside(plan: Plan) -> dict[str, TensorRef]:
+    """What was trained whole, and the tower that the base lacks, as the verifier names them."""
+    run, hf = plan.joined.run, plan.joined.hf
+    tower = {} if hf is None else tower_beside(hf.tower.tensors)
+    trained = {} if run is None else trained_beside(read_tensors(run.file))
+    return {**{name: ref for name, ref in tower.items() if name not in plan.model.tensors}, **trained}
+
+
 def _prove(plan: Plan, made: Mapping[str, TensorRef]) -> FusedReport:
     """Compare what is on disk with base and adapters by the formats' own definitions."""
     terms = []
@@ -144,7 +161,12 @@ def _prove(plan: Plan, made: Mapping[str, TensorRef]) -> FusedReport:
         source = one.source
         pairs = pairs_of(one.detected.dialect.name, list(source.ranks), source.metadata, source.config, one.alpha)
         terms.append(ProvenTerm(pairs, one.strength))
-    report = prove_fused(plan.model.tensors, terms, made, only=plan.only, dtype=plan.dtype)
+    base, beside, rows = plan.model.tensors, _beside(plan), None
+    if plan.joined.hf is not None:
+        made, rows = as_original(made, {**base, **beside})
+    report = prove_fused(base, terms, made, only=plan.only, dtype=plan.dtype, beside=beside)
+    if rows is not None:
+        report = replace(report, proof=replace(report.proof, checks=(*report.proof.checks, rows)))
     if report.proof.passed:
         return report
     raise ProofFailed(

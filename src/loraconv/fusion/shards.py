@@ -5,38 +5,41 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 from loraconv.io.safetensors_write import in_order
 from loraconv.lazy import TensorRef, nbytes
 from loraconv.model_folder import Model
 from loraconv.names import FLOAT_DTYPES
 
-#: diffusers' name of a file of weights, and of the index of several.
-WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of the output: the base's, the dtype it gets, and whether adapters are added to it."""
+    """One tensor of the output: ``base`` is what it is made of, ``key`` its name among those of the base; the dtype it
+    gets, and whether adapters are added to it. ``called`` is its name in the output, ``more`` the number of rows of
+    zeros behind its own."""
 
     base: TensorRef
+    key: str
     dtype: str
     fused: bool
-
-    @property
-    def name(self) -> str:
-        return self.base.name
+    called: str
+    more: int = 0
 
     @property
     def copied(self) -> bool:
-        """True if its bytes are the base's."""
-        return not self.fused and self.dtype == self.base.dtype
+        """True if its bytes are those of ``base``."""
+        return not self.fused and self.dtype == self.base.dtype and not self.more
 
     @property
     def stored(self) -> TensorRef:
-        """The base's reference with the output's dtype: what a header says of it. Not to be read."""
-        return replace(self.base, dtype=self.dtype)
+        """The reference with the output's dtype and shape: what a header says of it. Not to be read."""
+        if not self.more:
+            return replace(self.base, dtype=self.dtype)
+        return replace(self.base, dtype=self.dtype, shape=(self.base.shape[0] + self.more, *self.base.shape[1:]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,40 +73,58 @@ def _adjacent(one: Entry, other: Entry) -> bool:
 
 
 def plan_shards(
-    model: Model, fused: Collection[str], dtype: str | None, limit: int | None
+    model: Model,
+    fused: Collection[str],
+    dtype: str | None,
+    limit: int | None,
+    names: Mapping[str, str] = NOTHING,
+    more: Mapping[str, int] = NOTHING,
 ) -> tuple[list[Shard], dict[str, str]]:
     """``(shards, index)``: the base's files, or with ``limit`` (bytes) new ones; name and text of a new index, nothing
-    where the base's own or none serves. ``dtype`` (safetensors name) is for every floating tensor."""
-    entries = {
-        name: Entry(ref, dtype if dtype and ref.dtype in FLOAT_DTYPES else ref.dtype, name in fused)
-        for name, ref in model.tensors.items()
-    }
+    where the base's own or none serves. ``dtype`` (safetensors name) is for every floating tensor. Tensors of ``model``
+    that lie in none of its files go behind those of the last one. ``names`` are other names for the output, ``more``
+    rows of zeros to add (both by the model's names)."""
+    entries = {}
+    for name, ref in model.tensors.items():
+        stored = dtype if dtype and ref.dtype in FLOAT_DTYPES else ref.dtype
+        entries[name] = Entry(ref, name, stored, name in fused, names.get(name, name), more.get(name, 0))
     if limit is not None:
         return _resharded(model, entries, limit)
-    shards = [
-        Shard(name, tuple(e for e in entries.values() if e.base.file is file), model.metadata[name])
-        for name, file in model.files.items()
-    ]
-    if model.index is None or all(entry.dtype == entry.base.dtype for entry in entries.values()):
+    own = set(map(id, model.files.values()))
+    foreign = [entry for entry in entries.values() if id(entry.base.file) not in own]
+    shards = []
+    for name, file in model.files.items():
+        inside = [entry for entry in entries.values() if entry.base.file is file]
+        if name == list(model.files)[-1]:
+            inside += foreign
+        if foreign or model.layout.pickled:  # as they come, wide dtypes might stand at odd places
+            inside = [entries[found] for found, _ in in_order((entry.key, entry.stored) for entry in inside)]
+        shards.append(Shard(model.layout.rewritten(name), tuple(inside), model.metadata[name]))
+    kept = all((entry.called, entry.stored) == (key, entry.base) for key, entry in entries.items()) and not foreign
+    if model.index is None or (kept and not model.layout.pickled):
         return shards, {}
-    listed = {entry.name: shard.name for shard in shards for entry in shard.entries}
-    return shards, {model.index: _index({"total_size": sum(shard.bytes for shard in shards)}, listed)}
+    listed = {entry.called: shard.name for shard in shards for entry in shard.entries}
+    index = model.layout.written_index if model.layout.pickled else model.index
+    return shards, {index: _index({"total_size": sum(shard.bytes for shard in shards)}, listed)}
 
 
 def _resharded(model: Model, entries: Mapping[str, Entry], limit: int) -> tuple[list[Shard], dict[str, str]]:
-    """As diffusers' ``save_pretrained`` does. A tensor larger than ``limit`` gets a shard of its own."""
+    """As ``save_pretrained`` does. A tensor larger than ``limit`` gets a shard of its own."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    stored = {name: entries[name].stored for name in sorted(entries)}
+    named = {entry.called: entry for entry in entries.values()}
+    stored = {name: named[name].stored for name in sorted(named)}
     split = split_state_dict_into_shards_factory(
-        stored, get_storage_size=nbytes, filename_pattern=WEIGHTS, max_shard_size=limit
+        stored, get_storage_size=nbytes, filename_pattern=model.layout.written_pattern, max_shard_size=limit
     )
     metadata = {key: value for header in reversed(model.metadata.values()) for key, value in header.items()}
     shards = [
-        Shard(file, tuple(entries[name] for name, _ in in_order((name, stored[name]) for name in names)), metadata)
+        Shard(file, tuple(named[name] for name, _ in in_order((name, stored[name]) for name in names)), metadata)
         for file, names in split.filename_to_tensors.items()
     ]
-    return shards, {INDEX: _index(split.metadata, split.tensor_to_filename)} if split.is_sharded else {}
+    return shards, {
+        model.layout.written_index: _index(split.metadata, split.tensor_to_filename)
+    } if split.is_sharded else {}
 
 
 def _index(metadata: Mapping[str, object], listed: Mapping[str, str]) -> str:

@@ -11,11 +11,12 @@ from functools import partial
 
 from loraconv.fusion.merging import BLOCK, Factors, Term, blocks, cast_rows, merge_rows, stack
 from loraconv.fusion.shards import Entry, Shard
+from loraconv.health import compare_crc
 from loraconv.io.atomic import OutputFile, OutputFolder
 from loraconv.io.crc import combine, crc32
 from loraconv.io.safetensors_write import header_of
 from loraconv.lazy import TensorRef, nbytes
-from loraconv.names import numel
+from loraconv.names import DTYPE_BYTES, numel
 from loraconv.ordered import in_order, workers
 
 #: Logs ``done`` and ``total`` bytes as its only argument, for whoever wants to show them.
@@ -52,13 +53,13 @@ def write_shards(
 ) -> Written:
     """Write every shard below ``place`` (empty, or a folder's name with a slash) of the output."""
     written = Written()
-    copied = [entry.base for shard in shards for entry in shard.entries if entry.copied]
+    copied = [entry for shard in shards for entry in shard.entries if entry.copied]
     with _ending(workers()) as pool, _ending(ThreadPoolExecutor(1)) as beside:
-        sums = {ref.name: beside.submit(_checksum, ref) for ref in copied}
+        sums = {entry.called: beside.submit(_checksum, entry.base) for entry in copied}
         made = in_order(pool, _blocks(pool, shards, terms), _AHEAD)
         for shard in shards:
             with folder.file(place + shard.name, hashed=False) as file:
-                file.write(header_of([(entry.name, entry.stored) for entry in shard.entries], shard.metadata))
+                file.write(header_of([(entry.called, entry.stored) for entry in shard.entries], shard.metadata))
                 for run in shard.runs():
                     if run[0].copied:
                         _copy(file, run, progress)
@@ -66,7 +67,15 @@ def write_shards(
                         _write(file, run[0], made, written, progress)
             written.files[place + shard.name] = file
         written.crc32 |= {name: future.result() for name, future in sums.items()}
+    for entry in copied:
+        _check(entry.base, int(written.crc32[entry.called], 16))
     return written
+
+
+def _check(ref: TensorRef, crc: int) -> None:
+    """Raise :class:`CorruptCheckpoint` where a torch file declares another CRC-32 for what a tensor has to itself."""
+    if ref.storage == (ref.offset, nbytes(ref)):
+        compare_crc(ref, crc)
 
 
 @contextmanager
@@ -90,7 +99,7 @@ def _blocks(
         ref = entry.base
         if entry.fused:
             # Handed out before the blocks that wait for it, so that some thread is at work on it already.
-            factors = pool.submit(stack, terms[entry.name])
+            factors = pool.submit(stack, terms[entry.key])
             yield from (partial(_merged, ref, factors, rows, entry.dtype) for rows in blocks(ref.shape))
         else:
             flat = replace(ref, shape=(numel(ref.shape),))
@@ -129,14 +138,20 @@ def _copy(file: OutputFile, run: Sequence[Entry], progress: Progress) -> None:
 
 def _write(file: OutputFile, entry: Entry, made: Iterator[Block], written: Written, progress: Progress) -> None:
     """Write one computed tensor."""
-    end = file.size + nbytes(entry.stored)
+    end = file.size + numel(entry.base.shape) * DTYPE_BYTES[entry.dtype]
     crc = base_crc = 0
     while file.size < end:
         data, more, base_more = next(made)
         file.write(data)
         crc = combine(crc, more, len(data))
-        base_crc = combine(base_crc, base_more, len(data) * nbytes(entry.base) // nbytes(entry.stored))
+        base_crc = combine(base_crc, base_more, len(data) // DTYPE_BYTES[entry.dtype] * DTYPE_BYTES[entry.base.dtype])
         progress.add(len(data))
-    written.crc32[entry.name] = f"{crc:08x}"
+    _check(entry.base, base_crc)
+    if entry.more:
+        zeros = bytes(nbytes(entry.stored) - numel(entry.base.shape) * DTYPE_BYTES[entry.dtype])
+        file.write(zeros)
+        crc = crc32(zeros, crc)
+        progress.add(len(zeros))
+    written.crc32[entry.called] = f"{crc:08x}"
     if entry.fused:
-        written.base_crc32[entry.name] = f"{base_crc:08x}"
+        written.base_crc32[entry.key] = f"{base_crc:08x}"

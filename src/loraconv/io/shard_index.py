@@ -17,9 +17,12 @@ _LONGEST_NAME = 255
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{kind}{n}" for kind in ("COM", "LPT") for n in range(10))}
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Tensor -> shard; raises :class:`CorruptCheckpoint`, and :class:`UnsafeCheckpoint` for a shard that is no plain
-    file name, or is the same as another one on some file systems."""
+def read_index(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
+    """Tensor -> shard, a file that ends in ``suffix``.
+
+    Raises :class:`CorruptCheckpoint`, and :class:`UnsafeCheckpoint` for a shard that is no plain file name, or is the
+    same as another one on some file systems.
+    """
     listed = read_json(path).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()) or not listed:
         raise CorruptCheckpoint(
@@ -30,7 +33,7 @@ def read_index(path: Path) -> dict[str, str]:
         )
     seen: dict[str, str] = {}
     for shard in dict.fromkeys(listed.values()):
-        if why := _not_plain(shard):
+        if why := _not_plain(shard, suffix):
             raise _unsafe(path, shard, why)
         other = seen.setdefault(unicodedata.normalize("NFC", shard).casefold(), shard)
         if other != shard:
@@ -38,7 +41,7 @@ def read_index(path: Path) -> dict[str, str]:
     return listed
 
 
-def _not_plain(name: str) -> str:
+def _not_plain(name: str, suffix: str) -> str:
     """Why ``name`` is not a plain file name on every system; empty if it is one."""
     # As a Windows path on every system: what is harmless here may not be where the folder goes next.
     path = PureWindowsPath(name)
@@ -50,7 +53,7 @@ def _not_plain(name: str) -> str:
         return f"it is longer than {_LONGEST_NAME} bytes"
     if path.name.partition(".")[0].upper().rstrip() in _DEVICES:
         return "it is the name of a device"
-    return "" if os.path.splitext(name)[1] == ".safetensors" else "it does not end in .safetensors"
+    return "" if os.path.splitext(name)[1] == suffix else f"it does not end in {suffix}"
 
 
 def _unsafe(path: Path, shard: str, why: str) -> UnsafeCheckpoint:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn, TypeGuard
 
 from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError
@@ -18,7 +18,7 @@ from loraconv.io.torch_pickle import Global, Machine, Opaque, refuse_global
 from loraconv.io.torch_zip import Member, damaged, open_torch_zip, read_member, resave, unsafe
 from loraconv.io.torch_zip import sniff as sniff
 from loraconv.lazy import TensorRef
-from loraconv.names import DTYPE_BYTES, numel, printable
+from loraconv.names import DTYPE_BYTES, fold_names, numel, printable
 
 MAX_DIMS = 64
 MAX_NUMBER = 1 << 60
@@ -122,6 +122,38 @@ def read_torch(file: InputFile) -> object:
             why=printable(f"its pickle cannot be read: {type(error).__name__} {error}"),
             hint="fetch or copy the file again and compare its size and checksum with the original",
         ) from None
+
+
+def read_tensors(file: InputFile) -> dict[str, TensorRef]:
+    """The tensors of a checkpoint that is a plain dictionary of them, each named as its key.
+
+    Raises what :func:`read_torch` raises, and :class:`FormatError` for anything else in it (``no-state-dict``) and for
+    views with gaps or transposed ones (``strided``), whose bytes cannot be copied.
+    """
+    root = read_torch(file)
+    tensors = {key: _bare(value) for key, value in root.items()} if isinstance(root, dict) else {}
+    found = {key: replace(ref, name=key) for key, ref in tensors.items() if type(key) is str and ref is not None}
+    if len(found) != len(tensors) or not found:
+        other = [str(key) for key in tensors if key not in found]
+        raise FormatError(
+            f"{file.shown} is no plain dictionary of tensors",
+            where="; ".join(fold_names(other)[:4]),
+            hint="pass the weights as their library saves them: save_pretrained",
+            slug="no-state-dict",
+        )
+    if strided := [key for key, ref in found.items() if ref.strides is not None]:
+        raise FormatError(
+            f"{len(strided)} tensors of {file.shown} are views whose numbers do not lie side by side",
+            where="; ".join(fold_names(strided)[:4]),
+            hint="load it in transformers and save_pretrained(..., safe_serialization=True)",
+            slug="strided",
+        )
+    return found
+
+
+def _bare(value: object) -> TensorRef | None:
+    value = value.tensor if isinstance(value, TaggedTensor) else value
+    return value if isinstance(value, TensorRef) else None
 
 
 class _Reader(Machine):

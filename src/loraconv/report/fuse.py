@@ -26,6 +26,8 @@ def _lines(result: FuseResult) -> Iterator[str]:
     yield f"{would} {len(result.fused)} of {result.tensors} tensors, {share}"
     if result.dry_run:
         yield from (f"        {name}" for name in fold_names(result.fused))
+    if result.beside:
+        yield f"whole   {len(result.beside)} tensors are not the base's: {'; '.join(fold_names(result.beside)[:2])}"
     weights = [file for file in result.files if file.name.endswith(".safetensors") and file.sha256 is None]
     for file in weights:
         if not file.linked:

@@ -10,20 +10,27 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
-from loraconv.errors import UsageError
+from loraconv.errors import FormatError, UsageError
 from loraconv.fusion.adapters import split_strength
+from loraconv.fusion.llava import refuse_unfinished, trained_whole
 from loraconv.fusion.patterns import choose
-from loraconv.model_folder import Model, open_model
-from loraconv.names import DTYPE_WORDS, printable
+from loraconv.io.input_file import InputFile
+from loraconv.io.sidecar import read_json
+from loraconv.io.torch_read import read_tensors
+from loraconv.lazy import TensorRef
+from loraconv.model_folder import CONFIG, Model, open_model
+from loraconv.names import DTYPE_WORDS, printable, quoted
 from loraconv.source import open_source
 from loraconv.verification.adapters import adapter_pairs
 from loraconv.verification.result import VerifyResult, number
 from loraconv.verifier.diagnosis import Finding
 from loraconv.verifier.fused import FusedReport, Term, prove_fused
+from loraconv.verifier.llava import main_dtype, trained_beside
 from loraconv.verifier.proof import Check
 
-#: Notes in diffusers' config.json about where it came from, which the class that is to be built does not read.
-_NOTES = {"_diffusers_version", "_name_or_path"}
+#: Notes in config.json about where it came from, which the class that is to be built does not read, and the dtype,
+#: which the tensors tell.
+_NOTES = {"_diffusers_version", "_name_or_path", "dtype", "torch_dtype"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +110,14 @@ def verify_fused(
         pairs = [adapter_pairs(source, alpha) for source in sources]
         terms = [Term(found, strength) for found, (_, strength) in zip(pairs, subject.adapters, strict=True)]
         before, after = (stack.enter_context(open_model(path)) for path in (base, paths[-1]))
+        _refuse_hf(after)
+        beside = _beside([source.path for source in sources], stack)
+        dtype_of = subject.dtype or (main_dtype(before.tensors) if beside.tensors else None)
         only = choose({module: None for found in pairs for module in found}, modules) if modules else None
-        report = prove_fused(before.tensors, terms, after.tensors, only=only, dtype=subject.dtype, bound=bound)
-        report = _with_config(report, before, after)
+        report = prove_fused(
+            before.tensors, terms, after.tensors, only=only, dtype=dtype_of, bound=bound, beside=beside.tensors
+        )
+        report = _with_config(report, beside.config or before.config, after.config)
         for source in sources:
             source.check_unchanged()
         before.check_unchanged()
@@ -132,14 +144,46 @@ def _subject(
     return Fused(os.fspath(base), adapters, os.fspath(paths[-1]), word, bound)
 
 
-def _with_config(report: FusedReport, base: Model, fused: Model) -> FusedReport:
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What a LLaVA run among the adapters holds besides: tensors under the base's names, and the model's settings."""
+
+    tensors: dict[str, TensorRef]
+    config: dict[str, Any] | None
+
+
+def _refuse_hf(fused: Model) -> None:
+    """Raise :class:`FormatError` for a model of transformers' own LLaVA class, whose parts are called otherwise."""
+    if (fused.config or {}).get("model_type") == "llava" and any(
+        n.startswith("language_model.") for n in fused.tensors
+    ):
+        raise FormatError(
+            "a LlavaForConditionalGeneration is compared with base and run only when fuse writes it",
+            where=printable(str(fused.path), 1000),
+            why="its vision tower is in neither of them",
+            hint=f"see whether it is as it was written: loraconv verify {quoted(fused.path)}",
+            slug="not-comparable",
+        )
+
+
+def _beside(adapters: Sequence[Path], stack: ExitStack) -> _Beside:
+    for path in adapters:
+        folder = path if path.is_dir() else path.parent
+        name = trained_whole(folder)
+        if name is not None:
+            refuse_unfinished(folder)
+            tensors = trained_beside(read_tensors(stack.enter_context(InputFile(folder / name))))
+            return _Beside(tensors, read_json(folder / CONFIG))
+    return _Beside({}, None)
+
+
+def _with_config(report: FusedReport, one: dict[str, Any] | None, other: dict[str, Any] | None) -> FusedReport:
     """The report with a check of ``config.json``, where both models have one."""
-    if base.config is None or fused.config is None:
+    if one is None or other is None:
         return report
-    one, other = base.config, fused.config
     keys = [key for key in (one | other) if key not in _NOTES and one.get(key) != other.get(key)]
     detail = f"other values of {', '.join(printable(key, 60) for key in keys[:6])}" if keys else ""
-    check = Check("L0", "config.json is that of the base", not keys, 1, detail=detail)
+    check = Check("L0", "config.json is that of the base or the run", not keys, 1, detail=detail)
     proof = replace(report.proof, checks=(*report.proof.checks, check))
     if not keys:
         return replace(report, proof=proof)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from loraconv.lazy import TensorRef
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from loraconv.verifier.numbers import Array
 
 Tensors = Mapping[str, TensorRef]
+NOTHING: Tensors = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from loraconv.lazy import TensorRef
 from loraconv.names import DTYPE_BYTES, numel
-from loraconv.verifier.fused.case import Case, Part, check_names, delta_of
+from loraconv.verifier.fused.case import Case, Part, Tensors, check_names, delta_of
 from loraconv.verifier.fused.figures import rounded, truncated
-from loraconv.verifier.fused.rounding import Delta, compare_block, numbers, row_blocks
+from loraconv.verifier.fused.rounding import Delta, compare_block, is_rounded, numbers, row_blocks
 from loraconv.verifier.numbers import coarse, same_bytes
 from loraconv.verifier.partners import in_layer, other_projections
 from loraconv.verifier.proof import Control
@@ -123,6 +123,19 @@ def _byte_controls(case: Case, untouched: Sequence[str]) -> Iterator[Control]:
         return
     smallest = min(kept, key=lambda n: numel(case.base[n].shape) * DTYPE_BYTES[case.base[n].dtype])
     yield _caught(what, not same_bytes(case.base[smallest], OneBit(case.fused[smallest])), "L1")
+
+
+def beside_controls(case: Case, base: Tensors, beside: Tensors) -> Iterator[Control]:
+    """Mistakes with what was trained whole: one of these tensors forgotten, the base's own left in its place."""
+    added = next((name for name in beside if name not in base), None)
+    if added is not None:
+        others = {n: r for n, r in case.fused.items() if n != added}
+        yield _caught("a tensor of the run left out", not check_names(case.base, others, case.dtype).passed, "L0")
+    replaced = next((n for n in beside if n in base and not same_bytes(base[n], beside[n])), None)
+    if replaced is not None:
+        what, own = "the base's own tensor in place of the run's", base[replaced]
+        alike = check_names(case.base, {**case.fused, replaced: own}, case.dtype).passed
+        yield _caught(what, not (alike and is_rounded(case.base[replaced], own)), "L1" if alike else "L0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,18 +7,17 @@ is computed here from the formats' own definitions, in this package's own arithm
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from loraconv.errors import FormatError
 from loraconv.lazy import TensorRef
-from loraconv.names import fold_names, numel
+from loraconv.names import fold_names
 from loraconv.verifier.diagnosis import Finding
-from loraconv.verifier.fused.case import Case, TensorResult, Term, check_names, chosen, home_of
-from loraconv.verifier.fused.controls import fused_controls
+from loraconv.verifier.fused.case import NOTHING, Case, TensorResult, Tensors, Term, check_names, chosen, home_of
+from loraconv.verifier.fused.controls import beside_controls, fused_controls
 from loraconv.verifier.fused.diagnosis import diagnose_fused
 from loraconv.verifier.fused.figures import MISROUNDED, Figures
-from loraconv.verifier.fused.rounding import Delta, measure
-from loraconv.verifier.numbers import same_bytes
+from loraconv.verifier.fused.rounding import is_rounded, measure
 from loraconv.verifier.parallel import in_parallel
 from loraconv.verifier.proof import Check, Proof
 
@@ -49,8 +48,10 @@ def prove_fused(
     only: Collection[str] | None = None,
     dtype: str | None = None,
     bound: float | None = None,
+    beside: Mapping[str, TensorRef] = NOTHING,
 ) -> FusedReport:
-    """Compare ``fused`` with ``base`` plus ``terms``.
+    """Compare ``fused`` with ``base`` plus ``terms``. ``beside`` are tensors that were trained whole, under the base's
+    names: each stands in the place of the base's own, or is one more.
 
     ``only`` are the modules that the user chose, None for all; ``dtype`` is the one that was asked for: every
     floating-point tensor is then rounded once to it. ``bound`` replaces the rule for the touched tensors by one on the
@@ -59,21 +60,23 @@ def prove_fused(
     Raises :class:`FormatError` (``not-comparable``) where base and adapters, or base and fused model, have nothing in
     common.
     """
-    case = Case(base, terms, fused, chosen(terms, only), dtype, bound)
+    case = Case({**base, **beside}, terms, fused, chosen(terms, only), dtype, bound)
     _refuse_strangers(case)
     touched, untouched = case.touched(), case.untouched()
     results = list(in_parallel(lambda name: _touched(case, name, touched[name]), _by_place(fused, touched)))
-    same = in_parallel(lambda name: (name, _untouched(case, name)), _by_place(fused, untouched))
+    same = in_parallel(lambda name: (name, is_rounded(case.base[name], fused[name])), _by_place(fused, untouched))
     changed = sorted(name for name, fine in same if not fine)
     order = {name: place for place, name in enumerate(touched)}
     tensors = tuple(sorted(results, key=lambda result: order[result.name]))
     checks = (
-        check_names(base, fused, dtype),
+        check_names(case.base, fused, dtype),
         _check_homes(case),
-        _check_untouched(len(untouched), changed, dtype),
+        _check_untouched(untouched, changed, dtype, beside),
+        *([_check_beside(untouched, changed, dtype, beside)] if beside else []),
         _check_touched(tensors, bound),
     )
-    proof = Proof("fused", checks, fused_controls(case, touched, untouched))
+    controls = (*fused_controls(case, touched, untouched), *beside_controls(case, base, beside))
+    proof = Proof("fused", checks, controls)
     findings = () if all(check.passed for check in checks) else tuple(diagnose_fused(case, tensors, changed))
     return FusedReport(proof, findings, tensors, sum((t.figures for t in tensors), Figures()))
 
@@ -114,26 +117,6 @@ def _touched(case: Case, name: str, module: str) -> TensorResult:
     return TensorResult(name, module, case.accepts(figures), figures)
 
 
-def _untouched(case: Case, name: str) -> bool:
-    base, stored = case.base[name], case.fused[name]
-    if base.dtype == stored.dtype:
-        return same_bytes(base, stored)
-    return not measure(_matrix(base), _matrix(stored), _nothing(_matrix(base).shape)).misrounded
-
-
-def _matrix(ref: TensorRef) -> TensorRef:
-    """The same bytes as a matrix."""
-    columns = ref.shape[-1] if ref.shape else 1
-    return replace(ref, shape=(numel(ref.shape[:-1]), columns))
-
-
-def _nothing(shape: tuple[int, ...]) -> Delta:
-    """A delta of rank 0."""
-    import numpy as np
-
-    return Delta.of(np.zeros((shape[0], 0)), np.zeros((0, shape[1])))
-
-
 def _check_homes(case: Case) -> Check:
     lost = [module for module in case.modules if not case.fits(module)]
     detail = f"no weight of that name and shape in the base: {'; '.join(fold_names(lost)[:4])}" if lost else ""
@@ -141,12 +124,21 @@ def _check_homes(case: Case) -> Check:
     return Check("L0", what, not lost, len(case.modules), detail=detail)
 
 
-def _check_untouched(count: int, changed: list[str], dtype: str | None) -> Check:
-    what = "what no adapter touches is byte for byte that of the base"
-    if dtype is not None:
-        what = f"what no adapter touches is that of the base, rounded once to {dtype}"
-    detail = f"other content in {'; '.join(fold_names(changed)[:4])}" if changed else ""
-    return Check("L1", what, not changed, count, detail=detail)
+def _check_untouched(untouched: Sequence[str], changed: Sequence[str], dtype: str | None, beside: Tensors) -> Check:
+    own = [name for name in untouched if name not in beside]
+    return _check_bytes("what no adapter touches is {} that of the base", own, changed, dtype)
+
+
+def _check_beside(untouched: Sequence[str], changed: Sequence[str], dtype: str | None, beside: Tensors) -> Check:
+    whole = [name for name in untouched if name in beside]
+    return _check_bytes("what was trained whole is {} that of the run", whole, changed, dtype)
+
+
+def _check_bytes(what: str, names: Sequence[str], changed: Sequence[str], dtype: str | None) -> Check:
+    wrong = [name for name in changed if name in set(names)]
+    detail = f"other content in {'; '.join(fold_names(wrong)[:4])}" if wrong else ""
+    said = what.format("byte for byte") if dtype is None else f"{what.replace('{} ', '')}, rounded once to {dtype}"
+    return Check("L1", said, not wrong, len(names), detail=detail)
 
 
 def _check_touched(tensors: Sequence[TensorResult], bound: float | None) -> Check:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loraconv.lazy import TensorRef, decode
-from loraconv.names import DTYPE_BYTES
+from loraconv.names import DTYPE_BYTES, numel
 from loraconv.verifier.fused.figures import LAYOUT, Figures, judge
+from loraconv.verifier.numbers import same_bytes
 
 if TYPE_CHECKING:
     from loraconv.verifier.numbers import Array
@@ -75,6 +76,27 @@ def measure(base: TensorRef, stored: TensorRef, delta: Delta) -> Figures:
         block = numbers(base.rows(start, stop), stored.dtype), numbers(stored.rows(start, stop), stored.dtype)
         total = total + compare_block(*block, delta, start, stored.dtype)
     return total
+
+
+def is_rounded(base: TensorRef, stored: TensorRef) -> bool:
+    """True if ``stored`` has the bytes of ``base``, or, in another dtype, its numbers, each rounded once."""
+    if base.dtype == stored.dtype:
+        return same_bytes(base, stored)
+    matrix = _matrix(base)
+    return not measure(matrix, _matrix(stored), _nothing(matrix.shape)).misrounded
+
+
+def _matrix(ref: TensorRef) -> TensorRef:
+    """The same bytes as a matrix."""
+    columns = ref.shape[-1] if ref.shape else 1
+    return replace(ref, shape=(numel(ref.shape[:-1]), columns))
+
+
+def _nothing(shape: tuple[int, ...]) -> Delta:
+    """A delta of rank 0."""
+    import numpy as np
+
+    return Delta.of(np.zeros((shape[0], 0)), np.zeros((0, shape[1])))
 
 
 def row_blocks(ref: TensorRef) -> Iterator[tuple[int, int]]:
