@@ -112,6 +112,14 @@ def test_where_every_consumer_reads_alpha_the_factors_keep_their_bytes(
     assert {(t.dtype, t.item()) for name, t in last.items() if name.endswith(".alpha")} == {(torch.float32, 2.0)}
 
 
+def test_an_alpha_without_factors_is_not_passed_over(tmp_path: Path) -> None:
+    file = saved(tmp_path, {**pair(Q), f"{Q.replace('to_q', 'to_k')}.alpha": torch.tensor(1.0)})
+    with pytest.raises(CorruptCheckpoint) as caught:
+        loraconv.convert(file, out=tmp_path / "out", to="diffusers")
+    assert caught.value.slug == "factor-missing"
+    assert "attn1.to_k" in caught.value.where
+
+
 # --- fused modules --------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import loraconv
 from loraconv.errors import FormatError
@@ -37,6 +38,38 @@ def test_a_delta_is_the_same_in_every_dialect(model: str, source: str, target: s
     same_deltas(deltas(FORMATS[target], model, tmp_path / "out"), want)
     assert [proof.passed for proof in result.proofs] == [True]
     assert len(result.proofs[0].controls) == 8
+
+
+def sat_deltas(folder: Path) -> dict[str, torch.Tensor]:
+    """What a SAT run folder adds to each projection, by ``lora2.py``: ``lora_alpha / r * matrix_B @ matrix_A``."""
+    state = torch.load(folder / "1" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+    lora = yaml.safe_load((folder / "training_config.yaml").read_text())
+    for step in ("model", "network_config", "params", "modules", "lora_config", "params"):
+        lora = lora[step]
+    made = {}
+    for name, down in state.items():
+        if ".matrix_A." in name:
+            up = state[name.replace(".matrix_A.", ".matrix_B.")]
+            _, _, _, _, layer, _, kind, _, part = name.split(".")
+            here = ("to_q", "to_k", "to_v")[int(part)] if kind == "query_key_value" else "to_out.0"
+            delta = lora["lora_alpha"] / lora["r"] * (up.double() @ down.double())
+            made[f"transformer_blocks.{layer}.attn1.{here}"] = delta
+    return made
+
+
+@pytest.mark.parametrize("source", FORMATS)
+def test_sat_holds_what_any_dialect_held(source: str, tmp_path: Path) -> None:
+    want = write(FORMATS[source], "cogvideox", tmp_path / "in")
+    loraconv.convert(tmp_path / "in", out=tmp_path / "out", to="sat")
+    same_deltas(sat_deltas(tmp_path / "out"), want)
+
+
+@pytest.mark.parametrize("target", WRITABLE)
+def test_any_dialect_holds_what_sat_held(target: str, tmp_path: Path) -> None:
+    write(FORMATS["kohya"], "cogvideox", tmp_path / "in")
+    loraconv.convert(tmp_path / "in", out=tmp_path / "sat", to="sat")
+    loraconv.convert(tmp_path / "sat", out=tmp_path / "out", to=target)
+    same_deltas(deltas(FORMATS[target], "cogvideox", tmp_path / "out"), sat_deltas(tmp_path / "sat"))
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -154,18 +154,19 @@ def _detected(source: Source, first: _Reading, alike: tuple[Family, ...]) -> Det
 def _readings(source: Source, names: Mapping[str, int]) -> list[_Reading]:
     """Every reading that explains some of ``names``, which stand for as many keys each; of those without factors none
     where some reading has factors."""
-    parsed = [(d, [(name, factor_key(d, name), count) for name, count in names.items()]) for d in dialects()]
-    able = [(d, keys) for d, keys in parsed if any(key is not None for _, key, _ in keys)]
-    found = [reading for d, keys in able for reading in _readings_as(source, d, keys)]
+    able = {d.name for d in dialects() if any(factor_key(d, name) is not None for name in names)}
+    found = [r for d in dialects() if d.name in able for r in _readings_as(source, d, names)]
     if any(reading.factors for reading in found):
         return found
-    return [reading for d, keys in parsed for reading in _readings_as(source, d, keys)]
+    return found + [r for d in dialects() if d.name not in able for r in _readings_as(source, d, names)]
 
 
-def _readings_as(source: Source, dialect: Dialect, keys: Sequence[_Key]) -> Iterator[_Reading]:
+def _readings_as(source: Source, dialect: Dialect, names: Mapping[str, int]) -> Iterator[_Reading]:
     mark = next((m for m in dialect.marks if is_there(m, source)), None)
     if dialect.variant_of and mark is None:
         return
+    begins = tuple({prefix for f in families() for way in namings(dialect.name, f.name) for prefix in way.begins})
+    keys = [(n, factor_key(dialect, n), count) for n, count in names.items() if n.startswith(begins)]
     for family in families():
         for naming in namings(dialect.name, family.name):
             factors, base = _score(keys, naming)
@@ -176,7 +177,7 @@ def _readings_as(source: Source, dialect: Dialect, keys: Sequence[_Key]) -> Iter
 def _score(keys: Sequence[_Key], naming: Naming) -> tuple[int, int]:
     factors = base = 0
     for name, key, count in keys:
-        if not naming.begins(name):
+        if not name.startswith(naming.begins):
             continue
         group = _group(name, key, naming)
         factors += count * (group in ("factors", "alphas"))

@@ -69,7 +69,7 @@ class Naming:
         prefix = dialect.prefixes[place]
         short = {c: dialect.components.get(c, c) for c in had(dialect, family)} or {"": ""}
         self.prefixes: Mapping[str, str] = {c: fill(prefix, {"component": text}) for c, text in short.items()}
-        self._begins = tuple(self.prefixes.values())
+        self.begins = tuple(self.prefixes.values())
 
     @property
     def prefix(self) -> str:
@@ -80,10 +80,6 @@ class Naming:
     def spelling(self) -> Spelling | None:
         """The family's spelling; None where names are diffusers' own."""
         return self.family.spellings[self._spelling] if self._spelling else None
-
-    def begins(self, name: str) -> bool:
-        """True if ``name`` begins as the names of modules do."""
-        return name.startswith(self._begins)
 
     def find(self, written: str) -> tuple[Rule, dict[str, str]] | None:
         """The rule for a module name as it stands in the file (prefix and all), with the fields of the match."""

@@ -65,10 +65,14 @@ def _written(
         if key.side in sides:
             raise _twice(source, key.module)
         sides[key.side] = of_rank(tensors, name)
+    for name in detected.ledger.alphas:
+        key = factor_key(detected.dialect, name)
+        assert key is not None
+        halves.setdefault(FactorKey(key.module, key.part, ""), {})  # an alpha belongs to a pair
     broken = [_shown(detected, key) for key, sides in halves.items() if len(sides) != 2]
     if broken:
         raise CorruptCheckpoint(
-            f"{len(broken)} modules have only one of the two LoRA factors",
+            f"{len(broken)} modules do not have both LoRA factors",
             where="; ".join(fold_names(broken)[:4]),
             hint="save the checkpoint again, or copy it again from where it was trained",
             slug="factor-missing",
