@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fractions import Fraction
 
+from loraconv.algebra import in_words, read_specials
 from loraconv.detect import Detected, factor_key
 from loraconv.errors import FormatError
 from loraconv.lazy import Lazy, TensorRef
@@ -142,6 +143,8 @@ def _refuse_more_than_lora(source: Source, detected: Detected) -> None:
     strange = [n for n in rest if factor_key(detected.dialect, n)]
     if strange:
         raise _unknown_modules(detected, strange, rest)
+    if detected.ledger.more:
+        raise _no_plain_lora(source, detected)
     if rest:
         kinds = {why for name in rest for end, why in _MORE.items() if name.endswith("." + end)}
         raise FormatError(
@@ -160,6 +163,19 @@ def _refuse_more_than_lora(source: Source, detected: Detected) -> None:
             hint="loraconv formats",
             slug="not-plain-lora",
         )
+
+
+def _no_plain_lora(source: Source, detected: Detected) -> FormatError:
+    specials = [one for one in read_specials(source, detected) if one.what != "LoRA"]
+    dora = any(one.has_magnitude for one in specials)
+    path = quoted(source.path)
+    return FormatError(
+        f"the adapter is no plain LoRA: {in_words(specials)}",
+        where="; ".join(fold_names(detected.ledger.more)[:4]),
+        why="the magnitudes of DoRA act on the sum of weight and delta" if dora else "its delta is no product of two",
+        hint="loraconv formats" if dora else f"loraconv convert {path} -o OUT --to peft --approximate svd --rank 32",
+        slug="not-plain-lora",
+    )
 
 
 #: Fields of peft's ``LoraConfig`` that change the mathematics beyond ``scale * up @ down``, and their harmless values.
