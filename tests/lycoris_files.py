@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+os.environ["LYCORIS_KERNEL_BACKEND"] = "torch"  # or it compiles
+
 from lycoris.modules.full import FullModule
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
@@ -46,6 +50,8 @@ def made(kind: str, name: str = "", seed: int = 0) -> Any:
     torch.manual_seed(seed)
     base = torch.nn.Conv2d(IN, OUT, 3) if kind in CONV else torch.nn.Linear(IN, OUT)
     module = KINDS[kind](name, base)
+    if kind == "full":
+        module.apply_to()  # what it saves is told from the layer's weight
     with torch.no_grad():
         for parameter in (p for n, p in module.named_parameters() if n != "dora_scale"):
             parameter.copy_(torch.randn_like(parameter))
@@ -72,7 +78,8 @@ def saved(kind: str, folder: Path, *, flat: bool = True) -> dict[str, torch.Tens
 def delta_of(module: Any) -> torch.Tensor:
     """What LyCORIS adds to the weight at strength 1, before any magnitude, in float64."""
     module = module.double()
-    shape = module.org_module[0].weight.shape
-    if isinstance(module, LokrModule):  # its own get_diff_weight multiplies by the scale twice
+    shape = module.shape
+    if isinstance(module, LohaModule | LokrModule):
+        # This is what forward adds; get_diff_weight of LyCORIS 4.1.3 multiplies it by the scale once more.
         return module.get_weight(shape).detach()
     return module.get_diff_weight(1, shape)[0].detach().reshape(shape)

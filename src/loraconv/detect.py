@@ -254,9 +254,8 @@ def _reason(ledger: Ledger, reading: _Reading, alike: tuple[Family, ...], total:
     if not (ledger.factors or ledger.more):
         return f"{len(ledger.base)} of {total} keys are {titles} base weights; no factors"
     alphas = f" and {len(ledger.alphas)} alphas" if ledger.alphas else ""
-    said = [
-        f"{len(ledger.factors) + len(ledger.more)} keys are {dialect.name} factors{alphas} of {titles} modules, of {total}"
-    ]
+    count = len(ledger.factors) + len(ledger.more)
+    said = [f"{count} keys are {dialect.name} factors{alphas} of {titles} modules, of {total}"]
     if reading.mark is not None:
         told = f"header {reading.mark.header}" if reading.mark.header else reading.mark.beside
         said.append(f"told from {dialect.variant_of} by {told}" if dialect.variant_of else f"as {told} says")

@@ -165,10 +165,8 @@ def _rows(end: str, pair: Pair, parts: list[Share]) -> Iterator[tuple[str, Pair]
     up = values(pair.up)
     for share in (share.sized(pair.shape[0], pair.shape[2]) for share in parts):
         chunks = np.split(up, share.of)
-        yield (
-            share.module + end,
-            replace(pair, up=Held(np.concatenate([chunks[n] for n in share.chunks]), pair.up.dtype)),
-        )
+        own = Held(np.concatenate([chunks[n] for n in share.chunks]), pair.up.dtype)
+        yield share.module + end, replace(pair, up=own)
 
 
 def _diagonal(up: TensorRef, parts: list[Share], height: int, rank: int) -> int:
