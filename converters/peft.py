@@ -23,6 +23,7 @@ PEFT = Dialect(
     alpha_pattern_at="alpha_pattern",
     rslora_at="use_rslora",
     targets_at="target_modules",
+    dora_at="use_dora",
     settings={
         "base_model_name_or_path": None,
         "bias": "none",

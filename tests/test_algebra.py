@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import loraconv
 from loraconv.detect import detect
-from loraconv.errors import CorruptCheckpoint, FormatError
+from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError, UsageError
 from loraconv.source import open_source
 from loraconv.verifier.numbers import Held, Pair, Tensor, values
 from loraconv.verifier.oracles import pairs_of
 from loraconv.verifier.spelled import sort_keys
-from tests.lycoris_files import CONV, KINDS, saved
+from tests.lycoris_files import CONV, IN, KINDS, MODULES, OUT, saved
 
 WORDS = {
     "loha": "LoHa",
@@ -169,3 +171,190 @@ def test_magnitudes_of_rows_and_of_columns_are_not_the_same(tmp_path: Path) -> N
         save_file(tensors, tmp_path / folder / "a.safetensors")
     result = loraconv.verify(tmp_path / "rows" / "a.safetensors", tmp_path / "columns" / "a.safetensors")
     assert [f.slug for f in result.findings] == ["dora-differs"]
+
+
+# --- conversion: what the target holds is held ------------------------------------------------------------------------
+
+
+def sides(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Module, with underscores and without its prefix -> the end of a name -> tensor."""
+    made: dict[str, dict[str, torch.Tensor]] = {}
+    (file,) = folder.glob("*.safetensors")
+    for name, tensor in load_file(file).items():
+        bare = name.removeprefix("lora_unet_").removeprefix("diffusion_model.")
+        module, end = re.fullmatch(r"(.+?)\.((?:lora_(?:down|up|mid|A|B)\.weight)|[a-z0-9_]+)", bare).groups()  # type: ignore[union-attr]
+        end = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}.get(end, end)
+        made.setdefault(module.replace(".", "_"), {})[end] = tensor
+    return made
+
+
+@pytest.mark.parametrize("kind", sorted([*WORDS, "locon"]))
+def test_kohya_and_comfyui_hold_every_tensor_byte_for_byte_there_and_back(kind: str, tmp_path: Path) -> None:
+    saved(kind, tmp_path / "in")
+    there = loraconv.convert(tmp_path / "in" / "lycoris.safetensors", out=tmp_path / "mid", to="comfyui")
+    back = loraconv.convert(tmp_path / "mid", out=tmp_path / "out", to="kohya")
+    for proof in (*there.proofs, *back.proofs):
+        assert proof.passed
+        assert not proof.rounded
+    want = sides(tmp_path / "in")
+    for folder in ("mid", "out"):
+        got = sides(tmp_path / folder)
+        assert {m: set(ends) for m, ends in got.items()} == {m: set(ends) for m, ends in want.items()}
+        assert all(torch.equal(tensor, got[m][end]) for m, ends in want.items() for end, tensor in ends.items())
+    assert (
+        load_file(tmp_path / "out" / "kohya_lora.safetensors").keys()
+        == load_file(tmp_path / "in" / "lycoris.safetensors").keys()
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [("loha", "--approximate svd"), ("lokr-half", "--approximate svd"), ("full", "comfyui"), ("locon", "comfyui")],
+)
+@pytest.mark.parametrize("target", ["diffusers", "peft", "diffsynth"])
+def test_what_a_format_of_pairs_cannot_hold_is_refused_with_a_way_out(
+    kind: str, way: str, target: str, tmp_path: Path
+) -> None:
+    saved(kind, tmp_path / "in")
+    with pytest.raises(FormatError) as caught:
+        loraconv.convert(tmp_path / "in" / "lycoris.safetensors", out=tmp_path / "out", to=target)
+    assert caught.value.slug == "cannot-carry"
+    assert way in caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+# --- DoRA -------------------------------------------------------------------------------------------------------------
+
+
+def test_dora_from_kohya_is_what_peft_computes(tmp_path: Path) -> None:
+    saved("dora", tmp_path / "in")
+    file = tmp_path / "in" / "lycoris.safetensors"
+    loraconv.convert(file, out=tmp_path / "peft", to="peft")
+    model = Wan()
+    before = {here: model.get_submodule(here).weight.detach().clone() for here in MODULES.values()}
+    peft = PeftModel.from_pretrained(model, tmp_path / "peft").merge_and_unload()
+    tensors = load_file(file)
+    for there, here in MODULES.items():
+        name = f"lora_unet_{there.replace('.', '_')}"
+        up, down = tensors[f"{name}.lora_up.weight"].double(), tensors[f"{name}.lora_down.weight"].double()
+        summed = before[here].double() + 2 / 4 * up @ down
+        want = tensors[f"{name}.dora_scale"].double() * summed / summed.norm(dim=1, keepdim=True)
+        assert (peft.get_submodule(here).weight - want).norm() <= 1e-6 * want.norm()
+
+
+def test_dora_comes_back_from_peft_byte_for_byte(tmp_path: Path) -> None:
+    saved("dora", tmp_path / "in")
+    loraconv.convert(tmp_path / "in" / "lycoris.safetensors", out=tmp_path / "peft", to="peft")
+    loraconv.convert(tmp_path / "peft", out=tmp_path / "out", to="kohya", family="wan")
+    want, got = (
+        load_file(tmp_path / "in" / "lycoris.safetensors"),
+        load_file(tmp_path / "out" / "kohya_lora.safetensors"),
+    )
+    assert want.keys() == got.keys()
+    assert all(torch.equal(tensor, got[name]) for name, tensor in want.items())
+    assert loraconv.verify(tmp_path / "peft", tmp_path / "out").same
+
+
+def test_dora_of_a_fused_module_is_cut_by_rows_and_put_together_again(tmp_path: Path) -> None:
+    name = "lora_unet_double_blocks_3_img_attn_qkv"
+    noise = torch.Generator().manual_seed(1)
+    tensors = {
+        f"{name}.lora_down.weight": torch.randn(4, 8, generator=noise),
+        f"{name}.lora_up.weight": torch.randn(24, 4, generator=noise),
+        f"{name}.alpha": torch.tensor(2.0),
+        f"{name}.dora_scale": torch.rand(24, 1, generator=noise),
+    }
+    save_file(tensors, tmp_path / "flux.safetensors")
+    loraconv.convert(tmp_path / "flux.safetensors", out=tmp_path / "peft", to="peft", family="flux")
+    stored = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    for number, part in enumerate(("to_q", "to_k", "to_v")):
+        vector = stored[f"base_model.model.transformer_blocks.3.attn.{part}.lora_magnitude_vector"]
+        assert torch.equal(vector, tensors[f"{name}.dora_scale"][8 * number : 8 * number + 8, 0])
+    loraconv.convert(tmp_path / "peft", out=tmp_path / "out", to="kohya", family="flux")
+    back = load_file(tmp_path / "out" / "kohya_lora.safetensors")
+    assert torch.equal(back[f"{name}.dora_scale"], tensors[f"{name}.dora_scale"])
+
+
+@pytest.mark.parametrize(("kind", "target"), [("dora", "diffusers"), ("dora-in", "diffusers"), ("dora-in", "peft")])
+def test_dora_for_who_does_not_normalise_as_it_does_is_refused(kind: str, target: str, tmp_path: Path) -> None:
+    saved(kind, tmp_path / "in")
+    with pytest.raises(FormatError) as caught:
+        loraconv.convert(tmp_path / "in" / "lycoris.safetensors", out=tmp_path / "out", to=target)
+    assert caught.value.slug == "cannot-carry"
+    options = {"approximate": "svd", "rank": 2}
+    with pytest.raises(FormatError):
+        loraconv.convert(tmp_path / "in" / "lycoris.safetensors", out=tmp_path / "out", to=target, **options)
+
+
+class Wan(torch.nn.Module):
+    """Linear layers under diffusers' names for Wan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        for here in MODULES.values():
+            place: torch.nn.Module = self
+            for step in here.split(".")[:-1]:
+                if not hasattr(place, step):
+                    place.add_module(step, torch.nn.Module())
+                place = getattr(place, step)
+            place.add_module(here.split(".")[-1], torch.nn.Linear(IN, OUT))
+
+
+# --- approximation ----------------------------------------------------------------------------------------------------
+
+
+def relative(pairs: dict[str, Pair], deltas: dict[str, torch.Tensor]) -> dict[str, float]:
+    gaps = {m: torch.from_numpy(product(pairs[m])) - delta for m, delta in deltas.items()}
+    return {m: float(gap.norm() / deltas[m].norm()) for m, gap in gaps.items()}
+
+
+@pytest.mark.parametrize("kind", ["loha", "loha-rs", "lokr-half", "lokr-both", "lokr-full"])
+@pytest.mark.parametrize("target", ["diffusers", "peft", "kohya"])
+def test_the_nearest_lora_is_as_near_as_was_asked_for_and_no_rank_too_large(
+    kind: str, target: str, tmp_path: Path
+) -> None:
+    deltas = saved(kind, tmp_path / "in")
+    options = {"approximate": "svd", "max_error": 0.1}
+    result = loraconv.convert(tmp_path / "in" / "lycoris.safetensors", out=tmp_path / "out", to=target, **options)
+    assert any("relative error" in notice for notice in result.notices)
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    pairs = pairs_in(file)
+    for module, error in relative(pairs, deltas).items():
+        values = torch.linalg.svdvals(deltas[module])
+        rank = pairs[module].shape[1]
+        assert error <= 0.1
+        assert error == pytest.approx(float(values[rank:].norm() / values.norm()), abs=1e-6)
+        assert float(values[rank - 1 :].norm() / values.norm()) > 0.1 - 1e-6
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr-half", "lokr-both", "lokr-full"])
+def test_with_every_singular_value_nothing_but_rounding_is_lost(kind: str, tmp_path: Path) -> None:
+    deltas = saved(kind, tmp_path / "in")
+    options = {"approximate": "svd", "max_error": 1e-6}
+    loraconv.convert(tmp_path / "in" / "lycoris.safetensors", out=tmp_path / "out", to="peft", **options)
+    pairs = pairs_in(tmp_path / "out")
+    assert max(relative(pairs, deltas).values()) <= 1e-6
+    assert all(pairs[m].shape[1] == int(torch.linalg.matrix_rank(delta)) for m, delta in deltas.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "slug"),
+    [
+        ({"rank": 2}, UsageError, None),
+        ({"max_error": 0.1}, UsageError, None),
+        ({"approximate": "svd"}, UsageError, None),
+        ({"approximate": "svd", "rank": 2, "max_error": 0.1}, UsageError, None),
+        ({"approximate": "svd", "max_error": 1e-9}, FormatError, "max-error"),
+        ({"approximate": "svd", "max_error": 1e-4, "dtype": "bf16"}, FormatError, "max-error"),
+    ],
+    ids=str,
+)
+def test_a_senseless_approximation_is_refused(
+    options: dict[str, Any], error: type[LoraconvError], slug: str | None, tmp_path: Path
+) -> None:
+    saved("loha", tmp_path / "in")
+    with pytest.raises(error) as caught:
+        loraconv.convert(tmp_path / "in" / "lycoris.safetensors", out=tmp_path / "out", to="peft", **options)
+    assert slug is None or caught.value.slug == slug
+    assert not (tmp_path / "out").exists()

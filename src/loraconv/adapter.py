@@ -137,14 +137,14 @@ _MORE = {
 }
 
 
-def _refuse_more_than_lora(source: Source, detected: Detected) -> None:
-    """A file that is only an adapter must hold LoRA factors and nothing else: dropping the rest would change it."""
+def refuse_rest(source: Source, detected: Detected) -> None:
+    """A file that is only an adapter must hold the tensors of its modules and nothing else: dropping the rest would
+    change it. Raises :class:`FormatError`."""
+    refuse_parts(source)
     rest = [*detected.ledger.unknown, *detected.ledger.base] if not detected.dialect.holds_models else []
     strange = [n for n in rest if factor_key(detected.dialect, n)]
     if strange:
         raise _unknown_modules(detected, strange, rest)
-    if detected.ledger.more:
-        raise _no_plain_lora(source, detected)
     if rest:
         kinds = {why for name in rest for end, why in _MORE.items() if name.endswith("." + end)}
         raise FormatError(
@@ -154,6 +154,12 @@ def _refuse_more_than_lora(source: Source, detected: Detected) -> None:
             hint="loraconv formats",
             slug="not-plain-lora",
         )
+
+
+def _refuse_more_than_lora(source: Source, detected: Detected) -> None:
+    if detected.ledger.more:
+        raise _no_plain_lora(source, detected)
+    refuse_rest(source, detected)
     config = source.config if not detected.dialect.holds_models else None
     told = [f"{key} = {config[key]!r}" for key in _BEYOND_LORA if config and config.get(key) not in _PLAIN]
     if told:

@@ -50,6 +50,32 @@ class Special:
         return "magnitude" in self.tensors
 
     @property
+    def is_dora(self) -> bool:
+        """True for a plain pair of factors of a linear layer, with magnitudes or without."""
+        plain = self.tensors.keys() <= {"down", "up", "alpha", "magnitude"}
+        return plain and all(len(self.tensors[side].shape) == 2 for side in ("down", "up"))
+
+    @property
+    def has_vectors(self) -> bool:
+        """True if it adds to a bias, or to the weight of a norm."""
+        return bool((_BIASES | {"w_norm"}) & self.tensors.keys())
+
+    @property
+    def is_convolution(self) -> bool:
+        """True for the kernel of a convolution."""
+        return any(len(ref.shape) > 2 for ref in self.tensors.values() if ref is not self.tensors.get("magnitude"))
+
+    @property
+    def can_be_approximated(self) -> bool:
+        """True if a LoRA on a linear layer can be near to it."""
+        return not (self.has_magnitude or self.has_vectors or self.is_convolution)
+
+    @property
+    def floats(self) -> list[TensorRef]:
+        """Everything but alpha."""
+        return [ref for side, ref in self.tensors.items() if side != "alpha"]
+
+    @property
     def what(self) -> str:
         """The kind in words, with what stands beside it."""
         dora = "DoRA of " if self.has_magnitude else ""
@@ -73,6 +99,14 @@ def read_specials(source: Source, detected: Detected) -> list[Special]:
             raise _unfit(name, "it is there twice" if key.side in sides else f"its dtype is {ref.dtype}")
         sides[key.side] = ref
     return [Special(module, _targets(detected, module), _kind(module, sides), sides) for module, sides in found.items()]
+
+
+def specials_in(source: Source, detected: Detected) -> list[Special]:
+    """Every module, where some are more than a pair of factors of a linear layer; else none. Raises as above."""
+    factors = (source.tensors[name] for name in detected.ledger.factors)
+    if detected.ledger.more or any(len(ref.shape) > 2 for ref in factors):
+        return read_specials(source, detected)
+    return []
 
 
 def count_kinds(specials: Iterable[Special]) -> dict[str, int]:

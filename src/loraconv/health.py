@@ -30,12 +30,12 @@ def check_adapter(adapter: Adapter) -> Health:
     """Read every factor once; raises :class:`CorruptCheckpoint` where the container's own checksum does not fit."""
     tensors: dict[str, Lazy] = {next(iter(t.leaves())).name: t for f in adapter.factors for t in (f.down, f.up)}
     return Health(
-        nonfinite=_nonfinite(tensors),
+        nonfinite=nonfinite(tensors),
         zero_up=[f.module for f in adapter.factors if is_zero(f.up)],
     )
 
 
-def _nonfinite(tensors: Mapping[str, Lazy]) -> list[str]:
+def nonfinite(tensors: Mapping[str, Lazy]) -> list[str]:
     """The names of the tensors that hold NaN or Inf.
 
     Reads each storage once, whole, and compares it with the CRC-32 that the container declares for it; raises

@@ -525,6 +525,7 @@ class Dialect:
 
     Scale. ``sidecar`` is the settings file beside the weights (YAML or JSON, by its suffix); ``alpha_at``, ``rank_at``
     and, where modules may differ, ``alpha_pattern_at``, ``rank_pattern_at`` and ``rslora_at`` are paths into it.
+    ``dora_at`` is where the settings say that there are magnitudes, which are vectors then, and elsewhere columns.
     ``header`` is the key of a safetensors header that holds peft's configuration as JSON, ``header_alpha`` one that
     holds alpha as text. ``alpha_of_block`` marks files whose pairs may be several side by side, with the alpha of one
     of them. ``targets_at`` is where the names of the adapted modules stand, ``settings`` what the format's own settings
@@ -562,6 +563,7 @@ class Dialect:
     alpha_pattern_at: str = ""
     rslora_at: str = ""
     targets_at: str = ""
+    dora_at: str = ""
     settings: Mapping[str, object] = field(default_factory=dict)
     header: str = ""
     header_alpha: str = ""

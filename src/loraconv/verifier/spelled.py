@@ -17,6 +17,7 @@ from loraconv.names import FLOAT_DTYPES
 from loraconv.verifier.diagnosis import Finding, finding
 from loraconv.verifier.numbers import HALF_ULP, Tensor, values
 from loraconv.verifier.original_names import Share, here
+from loraconv.verifier.proof import Check
 
 Tensors = Mapping[str, TensorRef]
 
@@ -50,6 +51,13 @@ def sort_keys(tensors: Tensors) -> Keys:
             keys.plain[name] = ref
     keys.magnitudes.update(magnitudes_of(magnitudes))
     return keys
+
+
+def apart(tensors: Tensors) -> tuple[dict[str, TensorRef], dict[str, Tensor]]:
+    """``(everything else, magnitudes by diffusers module)``."""
+    found = {name: _MAGNITUDE.fullmatch(name) for name in tensors}
+    magnitudes = {match[1]: tensors[name] for name, match in found.items() if match is not None}
+    return {name: ref for name, ref in tensors.items() if found[name] is None}, magnitudes_of(magnitudes)
 
 
 def magnitudes_of(spelled: Tensors) -> dict[str, Tensor]:
@@ -140,6 +148,14 @@ def compare_magnitudes(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -
         text = "the DoRA magnitudes differ in"
         findings.append(finding("dora-differs", text, differing, "copy them from {one} again"))
     return Magnitudes(len(one), len(other), len(one) - len(lost) - len(differing)), findings
+
+
+def check_magnitudes(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> Check:
+    """Every magnitude of a DoRA, the same number as in the source."""
+    _, findings = compare_magnitudes(expected, stored)
+    narrowed = any(stored[m].dtype != ref.dtype for m, ref in expected.items() if m in stored)
+    detail = "; ".join([f.sentence for f in findings] + ["in another dtype"] * narrowed)
+    return Check("L1", "magnitudes of DoRA", not detail, len(expected), detail=detail)
 
 
 def by_column(magnitudes: Tensor) -> bool:
