@@ -77,6 +77,8 @@ def saved(kind: str, folder: Path, *, flat: bool = True) -> dict[str, torch.Tens
 
 def delta_of(module: Any) -> torch.Tensor:
     """What LyCORIS adds to the weight at strength 1, before any magnitude, in float64."""
+    if isinstance(module, FullModule):
+        return module.custom_state_dict()["diff"].detach().double()
     module = module.double()
     shape = module.shape
     if isinstance(module, LohaModule | LokrModule):

@@ -358,3 +358,68 @@ def test_a_senseless_approximation_is_refused(
         loraconv.convert(tmp_path / "in" / "lycoris.safetensors", out=tmp_path / "out", to="peft", **options)
     assert slug is None or caught.value.slug == slug
     assert not (tmp_path / "out").exists()
+
+
+# --- fuse -------------------------------------------------------------------------------------------------------------
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def a_base(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A model of one file that has the modules, and a tensor that no adapter touches."""
+    folder.mkdir()
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in Wan().state_dict().items()}
+    save_file({**tensors, "blocks.0.norm1.weight": torch.ones(4, dtype=dtype)}, folder / WEIGHTS)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr-half", "lokr-both", "lokr-full", "full"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_fused_weight_is_base_plus_what_lycoris_adds_rounded_once(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    deltas = saved(kind, tmp_path / "in")
+    base = a_base(tmp_path / "base", dtype)
+    result = loraconv.fuse(f"{tmp_path / 'in' / 'lycoris.safetensors'}@0.5", base=base, out=tmp_path / "out")
+    assert result.proofs[0].passed
+    before, after = load_file(base / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    touched = {m if m.endswith(".bias") else f"{m}.weight": delta for m, delta in deltas.items()}
+    assert set(touched) == set(result.fused)
+    for name, tensor in before.items():
+        want = tensor if name not in touched else (tensor.double() + 0.5 * touched[name]).to(dtype)
+        # LyCORIS' own delta is rounded in float64: a sum very near to a tie may fall to the other side.
+        assert (want != after[name]).sum() <= (0 if name not in touched else 1)
+
+
+def test_verify_tells_a_fused_model_with_another_delta(tmp_path: Path) -> None:
+    saved("full", tmp_path / "in")
+    adapter, base = tmp_path / "in" / "lycoris.safetensors", a_base(tmp_path / "base")
+    loraconv.fuse(adapter, base=base, out=tmp_path / "out")
+    assert loraconv.verify(adapter, tmp_path / "out", base=base).same
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    tensors["blocks.0.attn1.to_q.bias"][3] *= 1.1
+    (tmp_path / "wrong").mkdir()
+    save_file(tensors, tmp_path / "wrong" / WEIGHTS)
+    assert not loraconv.verify(adapter, tmp_path / "wrong", base=base).same
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr-half", "full"])
+def test_unfuse_restores_the_base_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    saved(kind, tmp_path / "in")
+    base = a_base(tmp_path / "base")
+    loraconv.fuse(tmp_path / "in" / "lycoris.safetensors", base=base, out=tmp_path / "out", journal=True)
+    loraconv.unfuse(tmp_path / "out", out=tmp_path / "back")
+    before, after = load_file(base / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("kind", ["dora", "dora-in"])
+def test_dora_is_not_fused_as_if_it_were_a_lora(kind: str, tmp_path: Path) -> None:
+    saved(kind, tmp_path / "in")
+    base = a_base(tmp_path / "base")
+    with pytest.raises(FormatError) as caught:
+        loraconv.fuse(tmp_path / "in" / "lycoris.safetensors", base=base, out=tmp_path / "out")
+    assert caught.value.slug == "not-plain-lora"
+    assert "merge_and_unload" in caught.value.hint

@@ -16,8 +16,9 @@ from loraconv.adapter import Adapter, Factor, natural
 from loraconv.algebra import Special, in_words
 from loraconv.detect import Detected
 from loraconv.errors import FormatError
-from loraconv.lazy import number, read
+from loraconv.lazy import read
 from loraconv.names import fold_names, printable
+from loraconv.products import parts, scale_of
 from loraconv.scale import Scale
 from loraconv.truncation import Cut, Wanted, norm, rounding, stored, tails
 
@@ -84,50 +85,11 @@ Decomposed = tuple["Array", "Array", "Array"]
 
 def _modules(one: Special, detected: Detected, alpha: Fraction | None) -> list[tuple[str, Decomposed]]:
     """The diffusers modules whose rows a module has, and what each gets."""
-    import numpy as np
-
-    found = detected.naming.find(one.module)
-    assert found is not None
+    scale = float(scale_of(one, alpha).value)
     if one.kind == "LoKr" and len(one.targets) == 1:
-        return [(one.targets[0], _scaled(_kron(*_kron_parts(one)), _scale(one, alpha)))]
-    up, down = _product(one)
-    pieces = found[0].pieces(up.shape[0], down.shape[1])
-    chunks = np.split(up, sum(map(len, pieces)))
-    made = []
-    for module, own in zip(one.targets, pieces, strict=True):
-        if own:
-            part = np.concatenate([chunks[n] for n in own])
-            whole = _svd(part) if one.kind == "full" else _decomposed(part, down)
-            made.append((module, _scaled(whole, _scale(one, alpha))))
-    return made
-
-
-def _scale(one: Special, alpha: Fraction | None) -> float:
-    """``alpha / rank``, as LyCORIS stores alpha; 1 for a full difference and for a LoKr of two whole matrices."""
-    named = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
-    factor = next((one.tensors[side] for side in named if side in one.tensors), None)
-    if factor is None:
-        return 1.0
-    if alpha is None and "alpha" in one.tensors:
-        alpha = Fraction(number(one.tensors["alpha"]))
-    return 1.0 if alpha is None else float(alpha / factor.shape[0])
-
-
-def _product(one: Special) -> tuple[Array, Array]:
-    """Two matrices whose product is the delta, not scaled; for a full difference itself, and nothing."""
-    import numpy as np
-
-    if one.kind == "LoHa":
-        w1a, w1b, w2a, w2b = (_values(one, f"hada_{side}") for side in ("w1_a", "w1_b", "w2_a", "w2_b"))
-        up = np.einsum("oi,oj->oij", w1a, w2a).reshape(len(w1a), -1)
-        return up, np.einsum("in,jn->ijn", w1b, w2b).reshape(-1, w1b.shape[1])
-    if one.kind == "LoKr":
-        left, values, right = _kron(*_kron_parts(one))
-        return left * values, right.T
-    if one.kind == "full":
-        diff = _values(one, "diff")
-        return diff, np.empty((0, diff.shape[1]))
-    return _values(one, "up"), _values(one, "down")
+        return [(one.targets[0], _scaled(_kron(*_kron_parts(one)), scale))]
+    decompose = (lambda up, down: _svd(up @ down)) if one.kind == "full" else _decomposed
+    return [(module, _scaled(decompose(up, down), scale)) for module, up, down in parts(one, detected)]
 
 
 def _values(one: Special, side: str) -> Array:

@@ -6,7 +6,7 @@ would cost as much as the copy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loraconv.adapter import Adapter
@@ -30,12 +30,17 @@ def check_adapter(adapter: Adapter) -> Health:
     """Read every factor once; raises :class:`CorruptCheckpoint` where the container's own checksum does not fit."""
     tensors: dict[str, Lazy] = {next(iter(t.leaves())).name: t for f in adapter.factors for t in (f.down, f.up)}
     return Health(
-        nonfinite=nonfinite(tensors),
+        nonfinite=_nonfinite(tensors),
         zero_up=[f.module for f in adapter.factors if is_zero(f.up)],
     )
 
 
-def nonfinite(tensors: Mapping[str, Lazy]) -> list[str]:
+def check_tensors(tensors: Iterable[TensorRef]) -> Health:
+    """The same for the tensors of modules that are more than pairs of factors."""
+    return Health(nonfinite=_nonfinite({ref.name: ref for ref in tensors}))
+
+
+def _nonfinite(tensors: Mapping[str, Lazy]) -> list[str]:
     """The names of the tensors that hold NaN or Inf.
 
     Reads each storage once, whole, and compares it with the CRC-32 that the container declares for it; raises

@@ -15,7 +15,7 @@ from loraconv.base import bare_tensors, read_base
 from loraconv.detect import Detected
 from loraconv.errors import FormatError, UsageError
 from loraconv.fold import refuse_ruin
-from loraconv.health import check_adapter, check_base, nonfinite, nonfinite_error
+from loraconv.health import check_adapter, check_base, check_tensors, nonfinite_error
 from loraconv.model_config import check_positions, infer_config
 from loraconv.names import DTYPE_WORDS, fold_names, printable, quoted
 from loraconv.plan import Plan, ScaleIn, folds, plan_adapter
@@ -120,7 +120,7 @@ def _special_job(
             hint="without --approximate; for a smaller rank: loraconv resize ADAPTER -o OUT --rank R",
         )
     refuse_rest(source, detected)
-    notices = _nonfinite_notices(source, nonfinite({t.name: t for one in specials for t in one.floats}), options)
+    notices = _nonfinite_notices(source, check_tensors(t for one in specials for t in one.floats).nonfinite, options)
     if how is not None:
         dtype = options.dtype_name or "F32"
         made = approximate(specials, detected, how, alpha, dtype)

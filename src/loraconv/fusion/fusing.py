@@ -76,7 +76,7 @@ def fuse(
             clear_remains(place)
     with ExitStack() as opened:
         model = opened.enter_context(open_model(base))
-        used = open_adapters(adapters, opened, alpha=alpha, rank=rank, strict=strict, nearest=nearest)
+        used = open_adapters(adapters, opened, alpha=alpha, rank=rank, strict=strict, nearest=nearest, special=True)
         plan, said = _plan(model, used, options)
         notices = tuple(dict.fromkeys([*(notice for one in used for notice in one.notices), *said]))
         result = _planned(plan, model.folder if out is None else Path(out), notices, options)

@@ -113,8 +113,8 @@ class Case:
 
 
 def home_of(module: str) -> str:
-    """The tensor that a module's delta is added to."""
-    return f"{module}.weight"
+    """The tensor that a module's delta is added to; a name that ends in ``.bias`` is that of a bias."""
+    return module if module.endswith(".bias") else f"{module}.weight"
 
 
 def delta_of(parts: Sequence[Part]) -> Delta:

@@ -59,7 +59,10 @@ def prove_fused(
     Raises :class:`FormatError` (``not-comparable``) where base and adapters, or base and fused model, have nothing in
     common.
     """
-    case = Case(base, terms, fused, chosen(terms, only), dtype, bound)
+    modules = chosen(terms, only)
+    vectors = {name for name in map(home_of, modules) if name in base and len(base[name].shape) == 1}
+    base, fused = _with_columns(base, vectors), _with_columns(fused, vectors)
+    case = Case(base, terms, fused, modules, dtype, bound)
     _refuse_strangers(case)
     touched, untouched = case.touched(), case.untouched()
     results = list(in_parallel(lambda name: _touched(case, name, touched[name]), _by_place(fused, touched)))
@@ -76,6 +79,11 @@ def prove_fused(
     proof = Proof("fused", checks, fused_controls(case, touched, untouched))
     findings = () if all(check.passed for check in checks) else tuple(diagnose_fused(case, tensors, changed))
     return FusedReport(proof, findings, tensors, sum((t.figures for t in tensors), Figures()))
+
+
+def _with_columns(tensors: Mapping[str, TensorRef], names: Collection[str]) -> dict[str, TensorRef]:
+    """The tensors, of which the vectors of these names are columns: what is compared is a matrix."""
+    return {n: replace(t, shape=(*t.shape, 1)) if n in names and len(t.shape) == 1 else t for n, t in tensors.items()}
 
 
 def _refuse_strangers(case: Case) -> None:
