@@ -11,6 +11,7 @@ import torch
 
 os.environ["LYCORIS_KERNEL_BACKEND"] = "torch"  # or it compiles
 
+from lycoris.functional.general import weight_decompose as weight_decompose
 from lycoris.modules.full import FullModule
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
@@ -35,6 +36,7 @@ KINDS: dict[str, Callable[[str, torch.nn.Module], Any]] = {
     "full": lambda n, m: FullModule(n, m),
     "dora": lambda n, m: LoConModule(n, m, lora_dim=4, alpha=2, weight_decompose=True, wd_on_out=True),
     "dora-in": lambda n, m: LoConModule(n, m, lora_dim=4, alpha=2, weight_decompose=True, wd_on_out=False),
+    "dora-loha": lambda n, m: LohaModule(n, m, lora_dim=3, alpha=2, weight_decompose=True, wd_on_out=True),
     "lora": lambda n, m: LoConModule(n, m, lora_dim=4, alpha=2),
     "tucker": lambda n, m: LoConModule(n, m, lora_dim=4, alpha=2, use_tucker=True),
     "locon": lambda n, m: LoConModule(n, m, lora_dim=4, alpha=2),

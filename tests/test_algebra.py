@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import loraconv
@@ -19,7 +19,7 @@ from loraconv.source import open_source
 from loraconv.verifier.numbers import Held, Pair, Tensor, values
 from loraconv.verifier.oracles import pairs_of
 from loraconv.verifier.spelled import sort_keys
-from tests.lycoris_files import CONV, IN, KINDS, MODULES, OUT, saved
+from tests.lycoris_files import CONV, IN, KINDS, MODULES, OUT, delta_of, made, saved, weight_decompose
 
 WORDS = {
     "loha": "LoHa",
@@ -30,6 +30,7 @@ WORDS = {
     "full": "full with bias",
     "dora": "DoRA",
     "dora-in": "DoRA",
+    "dora-loha": "DoRA of LoHa",
     "tucker": "LoRA with a Tucker core",
     "loha-tucker": "LoHa with Tucker cores",
     "loha-conv": "LoHa",
@@ -131,7 +132,7 @@ def product(pair: Pair) -> np.ndarray[Any, Any]:
     return np.asarray(float(pair.scale) * (values(pair.up) @ values(pair.down)))
 
 
-@pytest.mark.parametrize("kind", sorted(WORDS.keys() - {"dora", "dora-in"}))
+@pytest.mark.parametrize("kind", sorted(w for w in WORDS if "dora" not in w))
 def test_verify_finds_the_delta_in_a_plain_lora_that_holds_it(kind: str, tmp_path: Path) -> None:
     deltas = saved(kind, tmp_path / "in")
     weights = {module: delta for module, delta in deltas.items() if not module.endswith(".bias")}
@@ -415,11 +416,65 @@ def test_unfuse_restores_the_base_bit_for_bit(kind: str, tmp_path: Path) -> None
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("kind", ["dora", "dora-in"])
-def test_dora_is_not_fused_as_if_it_were_a_lora(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["dora", "dora-in", "dora-loha"])
+def test_a_fused_dora_is_what_lycoris_merges(kind: str, tmp_path: Path) -> None:
     saved(kind, tmp_path / "in")
-    base = a_base(tmp_path / "base")
+    base, adapter = a_base(tmp_path / "base", torch.float32), tmp_path / "in" / "lycoris.safetensors"
+    result = loraconv.fuse(adapter, base=base, out=tmp_path / "out")
+    assert result.proofs[0].passed
+    assert loraconv.verify(adapter, tmp_path / "out", base=base).same
+    before, after = load_file(base / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    tensors = load_file(adapter)
+    for number, (there, here) in enumerate(MODULES.items()):
+        delta = delta_of(made(kind, "", number))
+        size = tensors[f"lora_unet_{there.replace('.', '_')}.dora_scale"].double()
+        want = weight_decompose(before[f"{here}.weight"].double() + delta, size, 1, kind != "dora-in")
+        assert (after[f"{here}.weight"] - want).norm() <= 1e-7 * want.norm()
+
+
+def test_a_fused_dora_is_what_peft_merges(tmp_path: Path) -> None:
+    saved("dora", tmp_path / "in")
+    loraconv.convert(tmp_path / "in" / "lycoris.safetensors", out=tmp_path / "peft", to="peft")
+    base = a_base(tmp_path / "base", torch.float32)
+    loraconv.fuse(tmp_path / "peft", base=base, out=tmp_path / "out")
+    after = load_file(tmp_path / "out" / WEIGHTS)
+    for name, weight in PeftModel.from_pretrained(Wan(), tmp_path / "peft").merge_and_unload().state_dict().items():
+        assert (after[name] - weight).norm() <= 1e-6 * weight.norm()
+
+
+def test_a_wrong_magnitude_is_noticed_in_a_fused_model(tmp_path: Path) -> None:
+    saved("dora", tmp_path / "in")
+    adapter, base = tmp_path / "in" / "lycoris.safetensors", a_base(tmp_path / "base")
+    loraconv.fuse(adapter, base=base, out=tmp_path / "out")
+    tensors = load_file(adapter)
+    name = next(n for n in tensors if n.endswith("dora_scale"))
+    tensors[name][5] *= 1.05
+    save_file(tensors, tmp_path / "other.safetensors")
+    assert not loraconv.verify(tmp_path / "other.safetensors", tmp_path / "out", base=base).same
+
+
+def test_a_dora_is_fused_alone_and_at_strength_1(tmp_path: Path) -> None:
+    saved("dora", tmp_path / "in")
+    saved("loha", tmp_path / "loha")
+    adapter, base = tmp_path / "in" / "lycoris.safetensors", a_base(tmp_path / "base")
+    with pytest.raises(UsageError, match="strength 1 only"):
+        loraconv.fuse(f"{adapter}@0.5", base=base, out=tmp_path / "out")
     with pytest.raises(FormatError) as caught:
-        loraconv.fuse(tmp_path / "in" / "lycoris.safetensors", base=base, out=tmp_path / "out")
-    assert caught.value.slug == "not-plain-lora"
-    assert "merge_and_unload" in caught.value.hint
+        loraconv.fuse(adapter, tmp_path / "loha" / "lycoris.safetensors", base=base, out=tmp_path / "out")
+    assert caught.value.slug == "merge-mismatch"
+
+
+def test_the_bias_of_a_peft_lora_is_fused_as_peft_does(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=list(MODULES.values()), lora_bias=True)
+    model = get_peft_model(Wan(), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "peft")
+    assert loraconv.inspect(tmp_path / "peft").contents[0].what == "LoRA with bias, 6 modules"
+    loraconv.fuse(tmp_path / "peft", base=a_base(tmp_path / "base", torch.float32), out=tmp_path / "out")
+    after = load_file(tmp_path / "out" / WEIGHTS)
+    for name, weight in model.merge_and_unload().state_dict().items():
+        assert (after[name] - weight).norm() <= 1e-6 * weight.norm()

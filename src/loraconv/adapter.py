@@ -25,13 +25,15 @@ from loraconv.source import Source, refuse_parts
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """The adapter of one module. ``origin`` is what an earlier conversion recorded about its scale, if any."""
+    """The adapter of one module. ``origin`` is what an earlier conversion recorded about its scale, if any;
+    ``magnitude`` that of a DoRA, which only a fusion asks for."""
 
     module: str
     down: Lazy
     up: Lazy
     scale: Scale
     origin: Origin | None = None
+    magnitude: Lazy | None = None
 
     @property
     def rank(self) -> int:

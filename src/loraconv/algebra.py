@@ -7,11 +7,12 @@ KohakuBlueleaf/LyCORIS ``lycoris/modules``, huggingface/peft ``tuners/lora``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 from loraconv.detect import Detected, factor_key
 from loraconv.errors import CorruptCheckpoint, FormatError
-from loraconv.lazy import TensorRef
+from loraconv.lazy import Joined, Lazy, TensorRef
 from loraconv.names import FLOAT_DTYPES, fold_names, printable
 from loraconv.rules import fill
 from loraconv.source import Source
@@ -48,6 +49,17 @@ class Special:
     def has_magnitude(self) -> bool:
         """True for a DoRA: what the sum of weight and delta is normalised to."""
         return "magnitude" in self.tensors
+
+    @property
+    def by_column(self) -> bool:
+        """True for a DoRA whose magnitudes, (1, in), are those of the weight's columns."""
+        shape = self.tensors["magnitude"].shape
+        return len(shape) > 1 and shape[0] == 1 < shape[1]
+
+    @property
+    def columns(self) -> int:
+        """The columns of the weight of a plain pair of factors; 0 where they take a computation."""
+        return self.tensors["down"].shape[1] if "down" in self.tensors else 0
 
     @property
     def is_dora(self) -> bool:
@@ -99,6 +111,25 @@ def read_specials(source: Source, detected: Detected) -> list[Special]:
             raise _unfit(name, "it is there twice" if key.side in sides else f"its dtype is {ref.dtype}")
         sides[key.side] = ref
     return [Special(module, _targets(detected, module), _kind(module, sides), sides) for module, sides in found.items()]
+
+
+def row_magnitudes(one: Special, detected: Detected) -> dict[str, Lazy]:
+    """Module (diffusers name) -> the magnitudes of its rows as a vector; those of columns (one module) as they are."""
+    if not one.has_magnitude:
+        return {}
+    tensor, found = one.tensors["magnitude"], detected.naming.find(one.module)
+    if one.by_column:
+        return dict.fromkeys(one.targets, tensor)
+    assert found is not None
+    vector = replace(tensor, shape=(prod(tensor.shape),))
+    pieces = found[0].pieces(vector.shape[0], one.columns)
+    chunk = vector.shape[0] // sum(map(len, pieces))
+    made: dict[str, Lazy] = {}
+    for module, own in zip(one.targets, pieces, strict=True):
+        rows = tuple(vector.rows(n * chunk, (n + 1) * chunk) for n in own)
+        if rows:
+            made[module] = rows[0] if len(rows) == 1 else Joined(rows, 0)
+    return made
 
 
 def specials_in(source: Source, detected: Detected) -> list[Special]:

@@ -6,15 +6,16 @@ exact, and a fusion can round the sum of weight and delta once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from loraconv.adapter import Adapter, Factor, natural, refuse_rest
-from loraconv.algebra import Special, in_words
+from loraconv.adapter import Adapter, Factor, natural, read_adapter, refuse_rest
+from loraconv.algebra import Special, in_words, row_magnitudes
 from loraconv.detect import Detected
 from loraconv.errors import FormatError
-from loraconv.lazy import InMemory, encode, number, read
+from loraconv.lazy import InMemory, TensorRef, encode, number, read
 from loraconv.names import fold_names
 from loraconv.scale import ALPHA_TENSORS, Scale
 from loraconv.source import Source
@@ -83,44 +84,75 @@ def scale_of(one: Special, alpha: Fraction | None) -> Scale:
     return Scale(Fraction(rank), rank, "no alpha")
 
 
-def read_products(source: Source, detected: Detected, specials: Sequence[Special], alpha: Fraction | None) -> Adapter:
+def read_products(
+    source: Source, detected: Detected, specials: Sequence[Special], *, alpha: Fraction | None, strict: bool
+) -> Adapter:
     """The adapter as exact products in F64; what it adds to a bias is a module of the bias' own name.
 
-    Raises :class:`FormatError` for DoRA, which adds to no weight, and for convolutions.
+    Raises :class:`FormatError` for convolutions and norms.
     """
     refuse_rest(source, detected)
-    wrong = [one for one in specials if one.has_magnitude or one.is_convolution or one.kind == "norm"]
+    wrong = [one for one in specials if one.is_convolution or one.kind == "norm" or _splits_columns(one)]
     if wrong:
         raise FormatError(
             f"this cannot be fused: {in_words(wrong)}",
             where="; ".join(fold_names(one.module for one in wrong)[:4]),
-            why="DoRA normalises the whole weight" if wrong[0].has_magnitude else "only linear layers are fused",
-            hint="convert it to peft, and call merge_and_unload: loraconv convert ADAPTER -o OUT --to peft"
-            if wrong[0].has_magnitude
-            else "loraconv convert ADAPTER -o OUT --to comfyui",
+            why="only linear layers are fused, and magnitudes of columns only to the weight they were trained on",
+            hint="loraconv convert ADAPTER -o OUT --to comfyui",
             slug="not-plain-lora",
         )
-    factors = [factor for one in specials for factor in _factors(one, detected, alpha)]
+    pairs = [one for one in specials if one.kind == "LoRA"]
+    plain = {f.module: f for f in read_plain(source, detected, pairs, alpha=alpha, strict=strict).factors}
+    factors = [factor for one in specials for factor in _factors(one, detected, plain, alpha)]
     return Adapter(tuple(sorted(factors, key=lambda factor: natural(factor.module))))
 
 
-def _factors(one: Special, detected: Detected, alpha: Fraction | None) -> Iterator[Factor]:
+def read_plain(
+    source: Source, detected: Detected, pairs: Sequence[Special], *, alpha: Fraction | None, strict: bool
+) -> Adapter:
+    """The factors of these modules, which are pairs, as if nothing stood beside them; raises what reading them does."""
+    if not pairs:
+        return Adapter(())
+    own = {t.name for one in pairs for side, t in one.tensors.items() if side in ("down", "up", "alpha")}
+    tensors = {name: ref for name, ref in source.tensors.items() if name in own}
+    config = None if source.config is None else {**source.config, "use_dora": False, "lora_bias": False}
+    factors, alphas = ([n for n in names if n in own] for names in (detected.ledger.factors, detected.ledger.alphas))
+    ledger = replace(detected.ledger, factors=factors, alphas=alphas, more=[])
+    alone = replace(source, ranks=[tensors], config=config)
+    return read_adapter(alone, replace(detected, ledger=ledger), alpha=alpha, strict=strict)
+
+
+def _splits_columns(one: Special) -> bool:
+    return one.has_magnitude and one.by_column and len(one.targets) > 1
+
+
+def _factors(one: Special, detected: Detected, plain: Mapping[str, Factor], alpha: Fraction | None) -> Iterator[Factor]:
+    magnitudes = row_magnitudes(one, detected)
+    if one.kind == "LoRA":
+        made = [plain[target] for target in one.targets if target in plain]
+    elif one.kind == "bias":
+        made = []
+    else:
+        scale = scale_of(one, alpha)
+        made = [Factor(m, _held(down), _held(up), scale) for m, up, down in parts(one, detected)]
+    yield from (replace(factor, magnitude=magnitudes.get(factor.module)) for factor in made)
+    vector = one.tensors.get("diff_b", one.tensors.get("bias"))
+    if vector is not None:
+        # peft's LoRA bias is scaled as its product is; a difference is not.
+        scale = made[0].scale if "bias" in one.tensors else Scale(Fraction(1), 1, "it has none")
+        yield _bias(one, vector, scale)
+
+
+def _bias(one: Special, vector: TensorRef, scale: Scale) -> Factor:
     import numpy as np
 
-    if one.kind != "bias":
-        for module, up, down in parts(one, detected):
-            yield Factor(module, _held(down), _held(up), scale_of(one, alpha))
-    bias = one.tensors.get("diff_b", one.tensors.get("bias"))
-    if bias is not None:
-        # peft's LoRA bias is scaled as its product is; a difference is not.
-        scale = scale_of(one, alpha) if "bias" in one.tensors else Scale(Fraction(1), 1, "it has none")
-        if len(one.targets) > 1:
-            raise FormatError(
-                f"the bias of a module that is several in diffusers is not fused: {fold_names([one.module])[0]}",
-                hint="loraconv convert ADAPTER -o OUT --to comfyui",
-                slug="not-plain-lora",
-            )
-        yield Factor(f"{one.targets[0]}.bias", _held(np.ones((1, 1))), _held(read(bias)[:, None]), scale)
+    if len(one.targets) > 1:
+        raise FormatError(
+            f"the bias of a module that is several in diffusers is not fused: {fold_names([one.module])[0]}",
+            hint="loraconv convert ADAPTER -o OUT --to comfyui",
+            slug="not-plain-lora",
+        )
+    return Factor(f"{one.targets[0]}.bias", _held(np.ones((1, 1))), _held(read(vector)[:, None]), scale)
 
 
 def _held(array: Array) -> InMemory:

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-from loraconv.adapter import read_adapter
-from loraconv.algebra import Special
+from loraconv.algebra import Special, row_magnitudes
 from loraconv.detect import FAMILY_KEY, Detected
 from loraconv.errors import FormatError
-from loraconv.lazy import Joined, Lazy, Rows, TensorRef, Viewed
+from loraconv.lazy import Joined, Lazy, Rows, Viewed
 from loraconv.names import fold_names
 from loraconv.naming import Naming
 from loraconv.plan import Output, Plan, PlannedFile, ScaleIn, plan_adapter, proof_claim
+from loraconv.products import read_plain
 from loraconv.rules import Dialect, Rule, fill
 from loraconv.source import Source
 from loraconv.written import family_for, naming_for
@@ -89,8 +89,8 @@ def plan_dora(
     Raises :class:`FormatError` where the target has no magnitudes, or none of columns.
     """
     _refuse_columns(specials, target)
-    magnitudes = _magnitudes(detected, specials)
-    adapter = read_adapter(*_without(source, detected), alpha=alpha, strict=strict)
+    magnitudes = {m: vector for one in specials for m, vector in row_magnitudes(one, detected).items()}
+    adapter = read_plain(source, detected, specials, alpha=alpha, strict=strict)
     plan = plan_adapter(adapter, target, detected.family, alike=detected.alike, scale_in=scale_in)
     family = family_for([f.module for f in adapter.factors], target, (detected.family, *detected.alike))
     columns = {f.module: f.down.shape[1] for f in adapter.factors}
@@ -102,7 +102,7 @@ def plan_dora(
 
 
 def _refuse_columns(specials: Sequence[Special], target: Dialect) -> None:
-    by_column = [o.module for o in specials if o.has_magnitude and _is_row(o.tensors["magnitude"])]
+    by_column = [o.module for o in specials if o.has_magnitude and o.by_column]
     if by_column and target.dora_at:
         raise FormatError(
             f"{target.name} cannot carry this DoRA: its magnitudes are those of the weight's columns",
@@ -111,38 +111,6 @@ def _refuse_columns(specials: Sequence[Special], target: Dialect) -> None:
             hint="loraconv convert ADAPTER -o OUT --to comfyui",
             slug="cannot-carry",
         )
-
-
-def _is_row(magnitude: TensorRef) -> bool:
-    return len(magnitude.shape) > 1 and magnitude.shape[0] == 1 < magnitude.shape[1]
-
-
-def _without(source: Source, detected: Detected) -> tuple[Source, Detected]:
-    """The source and its reading as if the magnitudes were not there."""
-    more = set(detected.ledger.more)
-    ranks = [{name: ref for name, ref in source.tensors.items() if name not in more}]
-    config = None if source.config is None else {**source.config, "use_dora": False}
-    plain = replace(source, ranks=ranks, config=config)
-    return plain, replace(detected, ledger=replace(detected.ledger, more=[]))
-
-
-def _magnitudes(detected: Detected, specials: Sequence[Special]) -> dict[str, Lazy]:
-    """Module (diffusers name) -> the magnitudes of its rows, as a vector."""
-    made: dict[str, Lazy] = {}
-    for one in specials:
-        if not one.has_magnitude:
-            continue
-        found, tensor = detected.naming.find(one.module), one.tensors["magnitude"]
-        assert found is not None
-        count = max(tensor.shape)
-        vector = replace(tensor, shape=(count,))
-        pieces = found[0].pieces(count, one.tensors["down"].shape[1])
-        chunk = count // sum(map(len, pieces))
-        for module, own in zip(one.targets, pieces, strict=True):
-            parts = tuple(vector.rows(n * chunk, (n + 1) * chunk) for n in own)
-            if parts:
-                made[module] = parts[0] if len(parts) == 1 else Joined(parts, 0)
-    return made
 
 
 def _written(

@@ -120,7 +120,7 @@ def _open(
     detected = detect(source)
     specials = specials_in(source, detected) if special else []
     if specials:
-        adapter = read_products(source, detected, specials, alpha)
+        adapter = read_products(source, detected, specials, alpha=alpha, strict=strict)
     else:
         adapter = read_adapter(source, detected, alpha=alpha, strict=strict, nearest=near)
     _check_rank(source, adapter, rank)
@@ -164,7 +164,7 @@ def _is_zero(used: Used) -> bool:
 def _digest(adapter: Adapter) -> str:
     digest = hashlib.sha256()
     for factor in adapter.factors:
-        for side in (factor.down, factor.up):
+        for side in (factor.down, factor.up, *([factor.magnitude] if factor.magnitude is not None else [])):
             digest.update(f"{factor.module} {side.dtype} {side.shape} ".encode())
             for piece in side.pieces():
                 digest.update(piece)

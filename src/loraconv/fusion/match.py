@@ -10,6 +10,7 @@ from fractions import Fraction
 from loraconv.adapter import Factor, natural
 from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError, UsageError
 from loraconv.fusion.adapters import Used
+from loraconv.fusion.dora import refuse_beside_dora, term_of
 from loraconv.fusion.merging import DTYPES, Term, as_matrix
 from loraconv.fusion.patterns import choose
 from loraconv.io.sidecar import parse_json
@@ -39,7 +40,11 @@ def terms_of(model: Model, used: Sequence[Used], patterns: Sequence[str]) -> tup
     made: dict[str, list[Term]] = {home_of(module): [] for module in chosen}
     for one, factor in factors:
         if factor.module in homes:
-            made[home_of(factor.module)].append(Term(factor.up, factor.down, one.strength * _scale(factor)))
+            plain = Term(factor.up, factor.down, one.strength * _scale(factor))
+            home, name = homes[factor.module], home_of(factor.module)
+            assert home is not None
+            made[name].append(plain if factor.magnitude is None else term_of(factor, one.strength, home))
+    refuse_beside_dora(made)
     return chosen, made
 
 

@@ -21,6 +21,7 @@ from loraconv.verification.result import VerifyResult, number
 from loraconv.verifier.diagnosis import Finding
 from loraconv.verifier.fused import FusedReport, Term, prove_fused
 from loraconv.verifier.proof import Check
+from loraconv.verifier.spelled import apart
 
 #: Notes in diffusers' config.json about where it came from, which the class that is to be built does not read.
 _NOTES = {"_diffusers_version", "_name_or_path"}
@@ -100,8 +101,12 @@ def verify_fused(
     subject = _subject(base, paths, alpha, dtype, bound)
     with ExitStack() as stack:
         sources = [stack.enter_context(open_source(path)) for path, _ in subject.adapters]
-        pairs = [adapter_pairs(source, alpha) for source in sources]
-        terms = [Term(found, strength) for found, (_, strength) in zip(pairs, subject.adapters, strict=True)]
+        divided = [apart(source.tensors) if len(source.ranks) == 1 else (source.tensors, {}) for source in sources]
+        plain = [replace(s, ranks=[own, *s.ranks[1:]]) for s, (own, _) in zip(sources, divided, strict=True)]
+        pairs = [adapter_pairs(source, alpha) for source in plain]
+        strengths = [strength for _, strength in subject.adapters]
+        magnitudes = [found for _, found in divided]
+        terms = [Term(*term) for term in zip(pairs, strengths, magnitudes, strict=True)]
         before, after = (stack.enter_context(open_model(path)) for path in (base, paths[-1]))
         only = choose({module: None for found in pairs for module in found}, modules) if modules else None
         report = prove_fused(before.tensors, terms, after.tensors, only=only, dtype=subject.dtype, bound=bound)

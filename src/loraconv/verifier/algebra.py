@@ -53,6 +53,17 @@ def special_pairs(sides: Sides, alpha: Fraction | None) -> dict[str, Pair]:
     return made
 
 
+def dora_delta(base: Array, pair: Pair, magnitude: Tensor) -> Array:
+    """``m * (W + delta) / ||W + delta|| - W`` in float64; ``m`` has one number for each row, or, as (1, in), for each
+    column, and the norms go along the other axis."""
+    import numpy as np
+
+    whole, size = base + float(pair.scale) * (values(pair.up) @ values(pair.down)), values(magnitude)
+    if size.ndim > 1 and size.shape[0] == 1 < size.size:
+        return np.asarray(whole / np.sqrt((whole**2).sum(axis=0)) * size.reshape(-1) - base)
+    return np.asarray(whole / np.sqrt((whole**2).sum(axis=1))[:, None] * size.reshape(-1, 1) - base)
+
+
 def column(vector: TensorRef, scale: Fraction | float) -> Pair:
     """A vector times ``scale`` as the product of a column and the number 1."""
     import numpy as np

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from loraconv.lazy import TensorRef
 from loraconv.names import FLOAT_DTYPES, fold_names
+from loraconv.verifier.algebra import dora_delta
 from loraconv.verifier.fused.figures import Figures
 from loraconv.verifier.fused.rounding import Delta
-from loraconv.verifier.numbers import Pair, values
+from loraconv.verifier.numbers import Pair, Tensor, values
 from loraconv.verifier.proof import Check
 
 if TYPE_CHECKING:
@@ -22,10 +23,12 @@ Tensors = Mapping[str, TensorRef]
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One adapter: module (diffusers name) -> factors and scale by its format's own definition, and its strength."""
+    """One adapter: module (diffusers name) -> factors and scale by its format's own definition, its strength, and the
+    magnitudes of the modules that are a DoRA."""
 
     pairs: Mapping[str, Pair]
     strength: Fraction
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +78,20 @@ class Case:
     def parts(self, module: str) -> list[Part]:
         """The adapters' factors for a module."""
         return [
-            Part(values(pair.up), values(pair.down), pair.scale, term.strength, number)
+            Part(*self._factors(module, term, pair), term.strength, number)
             for number, term in enumerate(self.terms)
             if (pair := term.pairs.get(module)) is not None
         ]
+
+    def _factors(self, module: str, term: Term, pair: Pair) -> tuple[Array, Array, Fraction | float]:
+        """``(up, down, scale)``; of a DoRA the change of the whole weight, and an identity."""
+        import numpy as np
+
+        magnitude = term.magnitudes.get(module)
+        if magnitude is None:
+            return values(pair.up), values(pair.down), pair.scale
+        change = dora_delta(values(self.base[home_of(module)]), pair, magnitude)
+        return change, np.eye(change.shape[1]), Fraction(1)
 
     def delta(self, module: str) -> Delta:
         """``sum(strength * scale * up @ down)`` of a module."""
