@@ -339,6 +339,33 @@ def test_with_every_singular_value_nothing_but_rounding_is_lost(kind: str, tmp_p
     assert all(pairs[m].shape[1] == int(torch.linalg.matrix_rank(delta)) for m, delta in deltas.items())
 
 
+@pytest.mark.parametrize("kind", ["loha", "lokr-half", "lokr-full", "full"])
+def test_an_untrained_adapter_becomes_a_lora_of_zeros(kind: str, tmp_path: Path) -> None:
+    saved(kind, tmp_path / "in")
+    file = tmp_path / "in" / "lycoris.safetensors"
+    tensors = {n: t if n.endswith("alpha") else t * 0 for n, t in load_file(file).items() if not n.endswith("diff_b")}
+    save_file(tensors, file)
+    loraconv.convert(file, out=tmp_path / "out", to="peft", approximate="svd", max_error=0.01)
+    assert not any(product(pair).any() for pair in pairs_in(tmp_path / "out").values())
+
+
+def test_the_parts_of_a_fused_module_are_approximated_one_by_one(tmp_path: Path) -> None:
+    name, noise = "lora_unet_double_blocks_3_img_attn_qkv", torch.Generator().manual_seed(1)
+    whole = {"w1_a": (24, 2), "w1_b": (2, 8), "w2_a": (24, 2), "w2_b": (2, 8)}
+    tensors = {f"{name}.hada_{side}": torch.randn(*shape, generator=noise) for side, shape in whole.items()}
+    save_file({**tensors, f"{name}.alpha": torch.tensor(-1.0)}, tmp_path / "flux.safetensors")
+    with pytest.raises(LoraconvError):  # as for any LoRA, no trainer has a negative alpha
+        loraconv.convert(tmp_path / "flux.safetensors", out=tmp_path / "no", to="peft", approximate="svd", rank=3)
+    save_file({**tensors, f"{name}.alpha": torch.tensor(1.0)}, tmp_path / "flux.safetensors")
+    loraconv.convert(tmp_path / "flux.safetensors", out=tmp_path / "out", to="peft", approximate="svd", rank=3)
+    w1a, w1b, w2a, w2b = (tensors[f"{name}.hada_{side}"].double() for side in whole)
+    rows = (0.5 * (w1a @ w1b) * (w2a @ w2b)).chunk(3)
+    deltas = {f"transformer_blocks.3.attn.to_{n}": part for n, part in zip("qkv", rows, strict=True)}
+    for module, error in relative(pairs_in(tmp_path / "out"), deltas).items():
+        values = torch.linalg.svdvals(deltas[module])
+        assert error == pytest.approx(float(values[3:].norm() / values.norm()), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "slug"),
     [

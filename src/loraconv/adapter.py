@@ -175,13 +175,14 @@ def _refuse_more_than_lora(source: Source, detected: Detected) -> None:
 
 def _no_plain_lora(source: Source, detected: Detected) -> FormatError:
     specials = [one for one in read_specials(source, detected) if one.what != "LoRA"]
-    dora = any(one.has_magnitude for one in specials)
-    path = quoted(source.path)
+    dora, path = any(one.has_magnitude for one in specials), quoted(source.path)
+    near = all(one.can_be_approximated for one in specials)
+    nearest = f"loraconv convert {path} -o OUT --to peft --approximate svd --max-error 1e-3"
     return FormatError(
         f"the adapter is no plain LoRA: {in_words(specials)}",
         where="; ".join(fold_names(detected.ledger.more)[:4]),
-        why="the magnitudes of DoRA act on the sum of weight and delta" if dora else "its delta is no product of two",
-        hint="loraconv formats" if dora else f"loraconv convert {path} -o OUT --to peft --approximate svd --rank 32",
+        why="the magnitudes of DoRA act on the sum of weight and delta" if dora else "it is no pair of factors alone",
+        hint=nearest if near else f"add it to its base: loraconv fuse {path} --base MODEL -o OUT",
         slug="not-plain-lora",
     )
 

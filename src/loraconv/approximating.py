@@ -7,7 +7,7 @@ of w2, and its singular vectors their Kronecker products. Only a full difference
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Approximated:
-    """The factors in F32 at scale 1, and what each module's delta is off by, relative to its norm."""
+    """The factors at scale 1, and what each module's delta is off by, relative to its norm."""
 
     adapter: Adapter
     errors: Mapping[str, float]
@@ -44,8 +44,8 @@ def approximate(
     _refuse(specials)
     factors, errors = [], dict[str, float]()
     for one in specials:
-        for module, (left, values, right) in _modules(one, detected, alpha):
-            made = _cut(left, values, right, how, dtype, module)
+        for module, whole in _modules(one, detected, alpha):
+            made = _cut(whole, how, dtype, module)
             rank = made.down.shape[0]
             factors.append(Factor(module, made.down, made.up, Scale(Fraction(rank), rank, "computed at scale 1")))
             errors[module] = made.error
@@ -79,77 +79,78 @@ def _refuse(specials: Sequence[Special]) -> None:
             )
 
 
-#: The left singular vectors as columns, the singular values (greatest first), the right singular vectors as columns.
-Decomposed = tuple["Array", "Array", "Array"]
+@dataclass(frozen=True, slots=True)
+class Decomposed:
+    """A matrix by its singular values (greatest first). ``vectors(n)`` makes the first n singular vectors of the left
+    and of the right, as columns."""
+
+    values: Array
+    vectors: Callable[[int], tuple[Array, Array]]
 
 
-def _modules(one: Special, detected: Detected, alpha: Fraction | None) -> list[tuple[str, Decomposed]]:
-    """The diffusers modules whose rows a module has, and what each gets."""
-    scale = float(scale_of(one, alpha).value)
+def _modules(one: Special, detected: Detected, alpha: Fraction | None) -> Iterator[tuple[str, Decomposed]]:
+    """The diffusers modules whose rows a module has, and the delta of each."""
+    scale = scale_of(one, alpha).value
     if one.kind == "LoKr" and len(one.targets) == 1:
-        return [(one.targets[0], _scaled(_kron(*_kron_parts(one)), scale))]
-    decompose = (lambda up, down: _svd(up @ down)) if one.kind == "full" else _decomposed
-    return [(module, _scaled(decompose(up, down), scale)) for module, up, down in parts(one, detected)]
+        yield one.targets[0], _scaled(_kron(_part(one, "lokr_w1"), _part(one, "lokr_w2")), scale)
+        return
+    for module, up, down in parts(one, detected):
+        yield module, _scaled(_svd(up @ down) if one.kind == "full" else _factored(up, down), scale)
 
 
-def _values(one: Special, side: str) -> Array:
-    array: Array = read(one.tensors[side])
-    return array
-
-
-def _kron_parts(one: Special) -> tuple[Decomposed, Decomposed]:
-    """The two matrices of a LoKr, decomposed."""
-    made = []
-    for side in ("lokr_w1", "lokr_w2"):
-        if side in one.tensors:
-            made.append(_svd(_values(one, side)))
-        else:
-            made.append(_decomposed(_values(one, f"{side}_a"), _values(one, f"{side}_b")))
-    return made[0], made[1]
+def _part(one: Special, side: str) -> Decomposed:
+    """One of the two matrices of a LoKr."""
+    if side in one.tensors:
+        return _svd(read(one.tensors[side]))
+    return _factored(read(one.tensors[f"{side}_a"]), read(one.tensors[f"{side}_b"]))
 
 
 def _svd(matrix: Array) -> Decomposed:
     import numpy as np
 
     left, values, turned = np.linalg.svd(matrix, full_matrices=False)
-    return left, values, turned.T
+    return Decomposed(values, lambda rank: (left[:, :rank], turned[:rank].T))
 
 
-def _kron(one: Decomposed, other: Decomposed) -> Decomposed:
-    """The decomposition of a Kronecker product from those of its parts."""
-    import numpy as np
-
-    values = np.outer(one[1], other[1]).reshape(-1)
-    order = np.argsort(-values, kind="stable")
-    order = order[values[order] > 0]
-    first, second = np.divmod(order, len(other[1]))
-
-    def vectors(left: Array, right: Array) -> Array:
-        both = np.einsum("an,bn->abn", left[:, first], right[:, second])
-        return np.asarray(both.reshape(-1, len(order)))
-
-    return vectors(one[0], other[0]), values[order], vectors(one[2], other[2])
-
-
-def _decomposed(up: Array, down: Array) -> Decomposed:
-    """The singular values and vectors of ``up @ down``: QR of both, then the SVD of a matrix of rank size."""
+def _factored(up: Array, down: Array) -> Decomposed:
+    """That of ``up @ down``: QR of both, then the SVD of a matrix of rank size."""
     import numpy as np
 
     left, first = np.linalg.qr(up)
     right, second = np.linalg.qr(down.T)
     inner, values, turned = np.linalg.svd(first @ second.T, full_matrices=False)
-    return left @ inner, values, right @ turned.T
+    return Decomposed(values, lambda rank: (left @ inner[:, :rank], right @ turned[:rank].T))
+
+
+def _kron(one: Decomposed, other: Decomposed) -> Decomposed:
+    """That of a Kronecker product: the values of its parts multiplied each with each, and so the vectors."""
+    import numpy as np
+
+    values = np.outer(one.values, other.values).reshape(-1)
+    order = np.argsort(-values, kind="stable")
+
+    def vectors(rank: int) -> tuple[Array, Array]:
+        first, second = np.divmod(order[:rank], len(other.values))
+        (left, right), (other_left, other_right) = (d.vectors(len(d.values)) for d in (one, other))
+        return _each(left[:, first], other_left[:, second]), _each(right[:, first], other_right[:, second])
+
+    return Decomposed(values[order], vectors)
+
+
+def _each(left: Array, right: Array) -> Array:
+    """The Kronecker product of each column of the one with the same column of the other."""
+    import numpy as np
+
+    return np.asarray(np.einsum("an,bn->abn", left, right).reshape(-1, left.shape[1]))
 
 
 def _scaled(one: Decomposed, scale: float) -> Decomposed:
-    return one[0] * (-1 if scale < 0 else 1), one[1] * abs(scale), one[2]
+    return Decomposed(one.values * scale, one.vectors)
 
 
-def _cut(left: Array, values: Array, right: Array, how: Wanted, dtype: str, module: str) -> Cut:
-    size = norm(values)
-    if not size:
-        return stored(left[:, :1] * 0, right[:, :1] * 0, values[:1], 0.0, 0.0, dtype)
-    rank = how.rank_of(values, dtype)
+def _cut(whole: Decomposed, how: Wanted, dtype: str, module: str) -> Cut:
+    values, size = whole.values, norm(whole.values)
+    rank = how.rank_of(values, dtype) if size else 1
     if rank is None:  # all of it: what float64 cannot tell from zero is none of it
         rank = int((values > values[0] * 2.0**-48).sum())
     left_out = float(tails(values)[rank])
@@ -161,4 +162,5 @@ def _cut(left: Array, values: Array, right: Array, how: Wanted, dtype: str, modu
             hint="allow more: --max-error 1e-5" if dtype == "F32" else "leave --dtype out",
             slug="max-error",
         )
-    return stored(left[:, :rank] * values[:rank], right[:, :rank], values[:rank], size, left_out, dtype)
+    left, right = whole.vectors(rank)
+    return stored(left * values[:rank], right, values[:rank], size, left_out, dtype)

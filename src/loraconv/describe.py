@@ -216,7 +216,7 @@ def _next(source: Source, detected: Detected, problem: str) -> str:
         given = " --alpha A" if problem else ""
         return f"loraconv sat2diffusers {path} -o lora{given}{nearest}"
     if detected.ledger.more:
-        return f"loraconv convert {path} -o out --to comfyui"
+        return f"loraconv convert {path} -o out --to {'kohya' if detected.dialect.name == 'comfyui' else 'comfyui'}"
     if detected.has_factors:
         return f"loraconv convert {path} -o out --to {'diffusers' if detected.dialect.name == 'peft' else 'peft'}"
     return ""

@@ -15,9 +15,9 @@ from loraconv.adapter import Adapter, Factor, natural, read_adapter, refuse_rest
 from loraconv.algebra import Special, in_words, row_magnitudes
 from loraconv.detect import Detected
 from loraconv.errors import FormatError
-from loraconv.lazy import InMemory, TensorRef, encode, number, read
+from loraconv.lazy import InMemory, TensorRef, encode, read
 from loraconv.names import fold_names
-from loraconv.scale import ALPHA_TENSORS, Scale
+from loraconv.scale import ALPHA_TENSORS, Scale, alpha_in
 from loraconv.source import Source
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def scale_of(one: Special, alpha: Fraction | None) -> Scale:
     if alpha is not None:
         return Scale(alpha, rank, "--alpha")
     if "alpha" in one.tensors:
-        return Scale(Fraction(number(one.tensors["alpha"])), rank, ALPHA_TENSORS)
+        return Scale(alpha_in(one.tensors["alpha"]), rank, ALPHA_TENSORS)
     return Scale(Fraction(rank), rank, "no alpha")
 
 
