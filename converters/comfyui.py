@@ -5,7 +5,7 @@ in several spellings of the factors; alpha is a tensor beside them, and the rank
 original names is what diffusion-pipe writes for HunyuanVideo.
 """
 
-from loraconv.rules import Dialect
+from loraconv.rules import LYCORIS, Dialect
 
 COMFYUI = Dialect(
     name="comfyui",
@@ -20,6 +20,7 @@ COMFYUI = Dialect(
         ("{module}.lora_A", "{module}.lora_B"),
     ),
     alpha="{module}.alpha",
+    more=LYCORIS,
     prefixes=("diffusion_model.", "transformer."),
     components={"transformer": "", "unet": ""},
     spellings=("original", ""),

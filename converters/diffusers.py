@@ -4,7 +4,7 @@ Facts: huggingface/diffusers ``loaders/lora_base.py``, ``loaders/peft.py``. The 
 is read since 0.34; before that, and in most other consumers, the scale is 1 whatever the file says.
 """
 
-from loraconv.rules import Dialect
+from loraconv.rules import PEFT_MORE, Dialect
 
 DIFFUSERS = Dialect(
     name="diffusers",
@@ -13,6 +13,7 @@ DIFFUSERS = Dialect(
     file="pytorch_lora_weights.safetensors",
     down="{module}.lora_A.weight",
     up="{module}.lora_B.weight",
+    more=PEFT_MORE,
     prefixes=("{component}.", ""),
     header="lora_adapter_metadata",
     default_alpha="rank",

@@ -6,7 +6,7 @@ Dots are underscores; alpha is a tensor beside each pair, of any dtype; without 
 (kohya-ss/sd-scripts#2204).
 """
 
-from loraconv.rules import Dialect, Mark
+from loraconv.rules import LYCORIS, Dialect, Mark
 
 KOHYA = Dialect(
     name="kohya",
@@ -16,6 +16,7 @@ KOHYA = Dialect(
     down="{module}.lora_down.weight",
     up="{module}.lora_up.weight",
     alpha="{module}.alpha",
+    more=LYCORIS,
     prefixes=("lora_{component}_",),
     components={
         "transformer":    "unet",

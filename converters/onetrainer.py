@@ -3,7 +3,7 @@
 Facts: Nerogar/OneTrainer ``modules/module/LoRAModule.py``, ``modules/modelSetup``. Its files for UNets are kohya's.
 """
 
-from loraconv.rules import Dialect
+from loraconv.rules import LYCORIS, Dialect
 
 ONETRAINER = Dialect(
     name="onetrainer",
@@ -13,6 +13,7 @@ ONETRAINER = Dialect(
     down="{module}.lora_down.weight",
     up="{module}.lora_up.weight",
     alpha="{module}.alpha",
+    more=LYCORIS,
     prefixes=("lora_{component}_",),
     components={"transformer": "transformer"},
     separator="_",

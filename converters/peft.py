@@ -4,7 +4,7 @@ Facts: huggingface/peft ``tuners/lora``, ``utils/save_and_load.py``. Every consu
 configuration, so the factors are kept as they are.
 """
 
-from loraconv.rules import Dialect
+from loraconv.rules import PEFT_MORE, Dialect
 
 PEFT = Dialect(
     name="peft",
@@ -14,6 +14,7 @@ PEFT = Dialect(
     down="{module}.lora_A.weight",
     up="{module}.lora_B.weight",
     also=(("{module}.lora_A.{adapter}.weight", "{module}.lora_B.{adapter}.weight"),),
+    more=PEFT_MORE,
     prefixes=("base_model.model.",),
     sidecar="adapter_config.json",
     rank_at="r",
@@ -22,6 +23,7 @@ PEFT = Dialect(
     alpha_pattern_at="alpha_pattern",
     rslora_at="use_rslora",
     targets_at="target_modules",
+    dora_at="use_dora",
     settings={
         "base_model_name_or_path": None,
         "bias": "none",

@@ -259,9 +259,9 @@ def _twice(tensors: Tensors) -> None:
 @pytest.mark.parametrize(
     ("change", "slug", "word"),
     [
-        (_dora, "not-plain-lora", "DoRA"),
+        (_dora, "cannot-carry", "DoRA"),
         (_typo, "module-unknown", "transformer_blocks_0_attn1_to_q"),
-        (_conv, "not-plain-lora", "linear"),
+        (_conv, "cannot-carry", "linear"),
         (_twice, "factor-twice", "spelled in two ways"),
     ],
 )

@@ -133,7 +133,7 @@ def test_the_sketch_of_a_large_matrix_is_as_good_as_its_svd(
 ) -> None:
     from loraconv.lazy import read
     from loraconv.reshaping import approximation
-    from loraconv.reshaping.truncation import Wanted
+    from loraconv.truncation import Wanted
 
     exact = large(shape, 0.8)
     with monkeypatch.context() as whole:
@@ -153,7 +153,7 @@ def test_the_sketch_of_a_large_matrix_is_as_good_as_its_svd(
 
 def test_an_error_that_needs_many_directions_is_met_all_the_same(sketched: None) -> None:
     from loraconv.reshaping.approximation import approximate
-    from loraconv.reshaping.truncation import Wanted
+    from loraconv.truncation import Wanted
 
     noise = np.random.default_rng(6).standard_normal((120, 140))
     made = approximate(noise, Wanted(error=0.1), "F32")

@@ -190,7 +190,7 @@ def test_the_command_line_states_the_error_of_every_module(lora: Path, tmp_path:
 def second_best(up: Any, down: Any) -> Any:
     """A cut to rank 2 that leaves out the greatest singular value, and says honestly what that costs."""
     from loraconv.lazy import InMemory
-    from loraconv.reshaping.truncation import Cut
+    from loraconv.truncation import Cut
 
     left, values, right = np.linalg.svd(up @ down, full_matrices=False)
     made_up = (left[:, 1:3] * values[1:3]).astype(np.float32)
@@ -214,7 +214,7 @@ def test_a_cut_that_is_not_the_best_does_not_pass_its_proof(
 def test_an_error_above_what_was_asked_for_does_not_pass_its_proof(
     lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loraconv.reshaping import truncation
+    from loraconv import truncation
 
     monkeypatch.setattr(truncation.Wanted, "rank_of", lambda *_: 1)
     with pytest.raises(ProofFailed, match="error that was asked for"):
@@ -225,7 +225,8 @@ def test_an_error_above_what_was_asked_for_does_not_pass_its_proof(
 def test_a_wrong_cut_does_not_pass_its_proof(
     lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
-    from loraconv.reshaping import summing, truncation
+    from loraconv import truncation
+    from loraconv.reshaping import summing
 
     right = truncation.cut
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fractions import Fraction
 
+from loraconv.algebra import in_words, read_specials
 from loraconv.detect import Detected, factor_key
 from loraconv.errors import FormatError
 from loraconv.lazy import Lazy, TensorRef
@@ -24,13 +25,15 @@ from loraconv.source import Source, refuse_parts
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """The adapter of one module. ``origin`` is what an earlier conversion recorded about its scale, if any."""
+    """The adapter of one module. ``origin`` is what an earlier conversion recorded about its scale, if any;
+    ``magnitude`` that of a DoRA, which only a fusion asks for."""
 
     module: str
     down: Lazy
     up: Lazy
     scale: Scale
     origin: Origin | None = None
+    magnitude: Lazy | None = None
 
     @property
     def rank(self) -> int:
@@ -136,8 +139,10 @@ _MORE = {
 }
 
 
-def _refuse_more_than_lora(source: Source, detected: Detected) -> None:
-    """A file that is only an adapter must hold LoRA factors and nothing else: dropping the rest would change it."""
+def refuse_rest(source: Source, detected: Detected) -> None:
+    """A file that is only an adapter must hold the tensors of its modules and nothing else: dropping the rest would
+    change it. Raises :class:`FormatError`."""
+    refuse_parts(source)
     rest = [*detected.ledger.unknown, *detected.ledger.base] if not detected.dialect.holds_models else []
     strange = [n for n in rest if factor_key(detected.dialect, n)]
     if strange:
@@ -151,6 +156,12 @@ def _refuse_more_than_lora(source: Source, detected: Detected) -> None:
             hint="loraconv formats",
             slug="not-plain-lora",
         )
+
+
+def _refuse_more_than_lora(source: Source, detected: Detected) -> None:
+    if detected.ledger.more:
+        raise _no_plain_lora(source, detected)
+    refuse_rest(source, detected)
     config = source.config if not detected.dialect.holds_models else None
     told = [f"{key} = {config[key]!r}" for key in _BEYOND_LORA if config and config.get(key) not in _PLAIN]
     if told:
@@ -160,6 +171,20 @@ def _refuse_more_than_lora(source: Source, detected: Detected) -> None:
             hint="loraconv formats",
             slug="not-plain-lora",
         )
+
+
+def _no_plain_lora(source: Source, detected: Detected) -> FormatError:
+    specials = [one for one in read_specials(source, detected) if one.what != "LoRA"]
+    dora, path = any(one.has_magnitude for one in specials), quoted(source.path)
+    near = all(one.can_be_approximated for one in specials)
+    nearest = f"loraconv convert {path} -o OUT --to peft --approximate svd --max-error 1e-3"
+    return FormatError(
+        f"the adapter is no plain LoRA: {in_words(specials)}",
+        where="; ".join(fold_names(detected.ledger.more)[:4]),
+        why="the magnitudes of DoRA act on the sum of weight and delta" if dora else "it is no pair of factors alone",
+        hint=nearest if near else f"add it to its base: loraconv fuse {path} --base MODEL -o OUT",
+        slug="not-plain-lora",
+    )
 
 
 #: Fields of peft's ``LoraConfig`` that change the mathematics beyond ``scale * up @ down``, and their harmless values.

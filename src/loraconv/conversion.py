@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,9 @@ from loraconv.plan_base import parse_size
 from loraconv.registry import dialect
 from loraconv.source import Source, open_source
 from loraconv.verifier.check import prove_written
+from loraconv.verifier.oracles import pairs_of
 from loraconv.verifier.proof import Proof
+from loraconv.verifier.reshaped import Claims, Term, prove_reshaped
 from loraconv.watch import Watch
 
 What = Literal["lora", "base", "all"]
@@ -95,6 +98,9 @@ def convert(
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    approximate: Literal["svd"] | None = None,
+    max_error: float | None = None,
+    rank: int | None = None,
 ) -> ConvertResult:
     """Convert the adapter in ``src`` to the format ``to`` (``diffusers``, ``kohya``, ... see :func:`formats`) in the
     folder ``out``.
@@ -105,6 +111,10 @@ def convert(
     alpha; ``nearest`` accepts a model-parallel adapter; ``allow_nonfinite`` accepts NaN and Inf; ``overwrite`` replaces
     an earlier output of loraconv; ``dry_run`` writes nothing.
 
+    LoHa, LoKr and full differences keep their tensors where ``to`` has names for them. ``approximate`` makes a plain
+    LoRA of them, the nearest one of the rank ``rank``, or of the smallest rank whose relative error is at most
+    ``max_error`` in every module; the notices say the error, and the proof measures it.
+
     Raises :class:`UsageError` (no such file, a senseless option, an output inside an input), :class:`FormatError`
     (unknown, ambiguous, unsupported, alpha or rank missing or contradictory), :class:`CorruptCheckpoint` and
     :class:`UnsafeCheckpoint` (damage, NaN, anything executable), :class:`ProofFailed`, and :class:`WriteFailed`. On all
@@ -112,7 +122,7 @@ def convert(
     new output is in place.
     """
     target = dialect(to)
-    options = Options(alpha, dtype, scale_in, strict, nearest, allow_nonfinite)
+    options = Options(alpha, dtype, scale_in, strict, nearest, allow_nonfinite, approximate, max_error, rank)
     with open_source(src) as source:
         detected = detect(source, family)
         job, notices = adapter_job(source, detected, target.name, options)
@@ -239,7 +249,7 @@ Written = tuple[dict[str, OutputFile], Callable[[], Proof]]
 def _write(folder: OutputFolder, job: Job, proving: _Proving) -> Written:
     """The files of a job by name, and what waits for its proof or makes it."""
     texts = {job.place + name: _write_text(folder, job.place + name, text) for name, text in job.plan.texts.items()}
-    made, proof = _write_adapter(folder, job, proving) if job.plan.factors else _write_base(folder, job, proving)
+    made, proof = _write_adapter(folder, job, proving) if not job.is_base else _write_base(folder, job, proving)
     return {**made, **texts}, proof
 
 
@@ -284,11 +294,13 @@ def _write_text(folder: OutputFolder, name: str, text: str) -> OutputFile:
 def _prove(proving: _Proving, job: Job, opener: Callable[[Path], InputFile] = InputFile) -> Proof:
     # The numbers of an adapter were looked at before anything was written.
     source = (
-        proving.source if job.plan.factors else replace(proving.source, ranks=proving.watch.over(proving.source.ranks))
+        proving.source if not job.is_base else replace(proving.source, ranks=proving.watch.over(proving.source.ranks))
     )
+    if job.claims is not None:
+        return _prove_approximated(proving, job, job.claims)
     proof = prove_written(
         proving.folder.path / job.place,
-        kind=job.plan.dialect.name if job.plan.factors else "base",
+        kind="base" if job.is_base else job.plan.dialect.name,
         files=[f.name for f in job.plan.files],
         source_kind=proving.detected.dialect.name,
         source=source,
@@ -299,6 +311,25 @@ def _prove(proving: _Proving, job: Job, opener: Callable[[Path], InputFile] = In
     failures = proof.failures()
     if job.plan.exact and proof.rounded:
         failures.append("numbers were rounded that the plan calls exact")
+    return _passed(proof, failures)
+
+
+def _prove_approximated(proving: _Proving, job: Job, claims: Claims) -> Proof:
+    source, alpha = proving.source, job.proof["alpha"]
+    pairs = pairs_of(proving.detected.dialect.name, list(source.ranks), source.metadata, source.config, alpha)
+    proof = prove_reshaped(
+        proving.folder.path / job.place,
+        kind=job.plan.dialect.name,
+        files=[f.name for f in job.plan.files],
+        settings_file=job.plan.dialect.sidecar,
+        terms=[Term(pairs, Fraction(1))],
+        claims=claims,
+        scale_ignored=job.proof["every_consumer"],
+    )
+    return _passed(proof, proof.failures())
+
+
+def _passed(proof: Proof, failures: list[str]) -> Proof:
     if failures or not proof.passed:
         raise ProofFailed(
             "the written output does not equal its source; nothing was left behind",
@@ -342,8 +373,11 @@ def _manifest(result: ConvertResult, options: Options) -> str:
     value["options"] = {
         "alpha": options.alpha,
         "allow_nonfinite": options.allow_nonfinite,
+        "approximate": options.approximate,
         "dtype": options.dtype,
+        "max_error": options.max_error,
         "nearest": options.nearest,
+        "rank": options.rank,
         "scale_in": options.scale_in,
         "strict": options.strict,
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraconv.adapter import Adapter, layer_of, read_adapter
+from loraconv.algebra import Special, read_specials
 from loraconv.base import bare_tensors
 from loraconv.detect import Detected, detect, group_bytes
 from loraconv.errors import FormatError
@@ -166,7 +167,7 @@ def _without_layer(module: str) -> str:
 def _contents(source: Source, detected: Detected) -> list[Group]:
     ledger = detected.ledger
     named = [
-        ("LoRA factors", ledger.factors),
+        *(_kinds(source, detected) if ledger.more else [("LoRA factors", ledger.factors)]),
         ("alpha tensors", ledger.alphas),
         (f"{detected.family.title} base", ledger.base),
         *ledger.foreign.items(),
@@ -189,6 +190,17 @@ def _contents(source: Source, detected: Detected) -> list[Group]:
     return groups
 
 
+def _kinds(source: Source, detected: Detected) -> list[tuple[str, list[str]]]:
+    """The tensors by the kind of their module, where some are more than pairs of factors."""
+    made: dict[str, list[Special]] = {}
+    for one in read_specials(source, detected):
+        made.setdefault(one.what, []).append(one)
+    tensors = {
+        w: [t.name for o in ones for side, t in o.tensors.items() if side != "alpha"] for w, ones in made.items()
+    }
+    return [(f"{what}, {len(made[what])} modules", names) for what, names in tensors.items()]
+
+
 def _bytes(source: Source, names: list[str]) -> int:
     return group_bytes(source, [n for n in names if n in source.tensors])
 
@@ -203,6 +215,8 @@ def _next(source: Source, detected: Detected, problem: str) -> str:
         nearest = " --nearest" if len(source.ranks) > 1 else ""
         given = " --alpha A" if problem else ""
         return f"loraconv sat2diffusers {path} -o lora{given}{nearest}"
+    if detected.ledger.more:
+        return f"loraconv convert {path} -o out --to {'kohya' if detected.dialect.name == 'comfyui' else 'comfyui'}"
     if detected.has_factors:
         return f"loraconv convert {path} -o out --to {'diffusers' if detected.dialect.name == 'peft' else 'peft'}"
     return ""

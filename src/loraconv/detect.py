@@ -19,10 +19,12 @@ from loraconv.source import Source
 
 @dataclass(slots=True)
 class Ledger:
-    """Where each tensor of the checkpoint belongs (names as in the file)."""
+    """Where each tensor of the checkpoint belongs (names as in the file). ``more`` are those that make a module more
+    than a pair of factors: LoHa, DoRA and others."""
 
     factors: list[str] = field(default_factory=list)
     alphas: list[str] = field(default_factory=list)
+    more: list[str] = field(default_factory=list)
     base: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     foreign: dict[str, list[str]] = field(default_factory=dict)
@@ -53,13 +55,13 @@ class Detected:
 
     @property
     def has_factors(self) -> bool:
-        return bool(self.ledger.factors)
+        return bool(self.ledger.factors or self.ledger.more)
 
 
 @dataclass(frozen=True, slots=True)
 class FactorKey:
-    """What the name of a tensor says: the module (as spelled in the file), the part of it, and ``down``, ``up`` or
-    ``alpha``."""
+    """What the name of a tensor says: the module (as spelled in the file), the part of it, and which ``side`` of it the
+    tensor is: ``down``, ``up``, ``alpha``, or one of those in the dialect's ``more``."""
 
     module: str
     part: int
@@ -67,13 +69,16 @@ class FactorKey:
 
 
 def factor_key(dialect: Dialect, name: str) -> FactorKey | None:
-    """The factor or alpha that ``name`` spells in ``dialect``, or None if it spells none."""
+    """The side of a module that ``name`` spells in ``dialect``, or None if it spells none."""
     spelled = [("down", dialect.down), ("up", dialect.up), ("alpha", dialect.alpha)]
     spelled += [pair for down, up in dialect.also for pair in (("down", down), ("up", up))]
     for side, template in spelled:
         fields = match(template, name) if template else None
         if fields is not None:
             return FactorKey(_rewritten(dialect, fields["module"]), int(fields.get("part", 0)), side)
+    for end, side in dialect.more.items():
+        if name.endswith(end) and name[: -len(end)].endswith("."):
+            return FactorKey(_rewritten(dialect, name[: -len(end) - 1]), 0, side)
     return None
 
 
@@ -180,7 +185,7 @@ def _score(keys: Sequence[_Key], naming: Naming) -> tuple[int, int]:
         if not name.startswith(naming.begins):
             continue
         group = _group(name, key, naming)
-        factors += count * (group in ("factors", "alphas"))
+        factors += count * (group in ("factors", "alphas", "more"))
         base += count * (group == "base")
     return factors, base
 
@@ -217,6 +222,10 @@ def _ledger(names: Iterable[str], naming: Naming) -> Ledger:
     return ledger
 
 
+#: The field of the :class:`Ledger` for the sides that every dialect has.
+_GROUPS = {"down": "factors", "up": "factors", "alpha": "alphas"}
+
+
 def _group(name: str, key: FactorKey | None, naming: Naming) -> str:
     """The field of the :class:`Ledger` in which a tensor belongs."""
     dialect, spelling, prefix = naming.dialect, naming.spelling, naming.prefix
@@ -224,7 +233,7 @@ def _group(name: str, key: FactorKey | None, naming: Naming) -> str:
         return "foreign"
     if key is not None:
         known = naming.find(key.module) is not None
-        return ("alphas" if key.side == "alpha" else "factors") if known else "unknown"
+        return _GROUPS.get(key.side, "more") if known else "unknown"
     if not name.startswith(prefix):
         return "unknown"
     bare = name[len(prefix) :]
@@ -242,10 +251,11 @@ def base_name(dialect: Dialect, bare: str) -> str:
 def _reason(ledger: Ledger, reading: _Reading, alike: tuple[Family, ...], total: int) -> str:
     dialect, naming = reading.dialect, reading.naming
     titles = " or ".join(f.title for f in (naming.family, *alike))
-    if not ledger.factors:
+    if not (ledger.factors or ledger.more):
         return f"{len(ledger.base)} of {total} keys are {titles} base weights; no factors"
     alphas = f" and {len(ledger.alphas)} alphas" if ledger.alphas else ""
-    said = [f"{len(ledger.factors)} keys are {dialect.name} factors{alphas} of {titles} modules, of {total}"]
+    count = len(ledger.factors) + len(ledger.more)
+    said = [f"{count} keys are {dialect.name} factors{alphas} of {titles} modules, of {total}"]
     if reading.mark is not None:
         told = f"header {reading.mark.header}" if reading.mark.header else reading.mark.beside
         said.append(f"told from {dialect.variant_of} by {told}" if dialect.variant_of else f"as {told} says")

@@ -6,7 +6,7 @@ would cost as much as the copy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loraconv.adapter import Adapter
@@ -33,6 +33,11 @@ def check_adapter(adapter: Adapter) -> Health:
         nonfinite=_nonfinite(tensors),
         zero_up=[f.module for f in adapter.factors if is_zero(f.up)],
     )
+
+
+def check_tensors(tensors: Iterable[TensorRef]) -> Health:
+    """The same for the tensors of modules that are more than pairs of factors."""
+    return Health(nonfinite=_nonfinite({ref.name: ref for ref in tensors}))
 
 
 def _nonfinite(tensors: Mapping[str, Lazy]) -> list[str]:

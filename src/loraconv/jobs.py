@@ -3,25 +3,31 @@ base, the checks of their numbers, and everything that has to be said about them
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
-from loraconv.adapter import Adapter, read_adapter
+from loraconv.adapter import Adapter, read_adapter, refuse_rest
+from loraconv.algebra import Special, in_words, specials_in
+from loraconv.approximating import approximate
 from loraconv.base import bare_tensors, read_base
 from loraconv.detect import Detected
 from loraconv.errors import FormatError, UsageError
 from loraconv.fold import refuse_ruin
-from loraconv.health import check_adapter, check_base, nonfinite_error
+from loraconv.health import check_adapter, check_base, check_tensors, nonfinite_error
 from loraconv.model_config import check_positions, infer_config
-from loraconv.names import DTYPE_WORDS, fold_names, printable
+from loraconv.names import DTYPE_WORDS, fold_names, printable, quoted
 from loraconv.plan import Plan, ScaleIn, folds, plan_adapter
 from loraconv.plan_base import plan_base
 from loraconv.registry import dialect
+from loraconv.renaming import plan_dora, plan_renamed
+from loraconv.rules import Dialect
 from loraconv.scale import given_alpha
 from loraconv.source import Source
+from loraconv.truncation import Wanted, wanted
 from loraconv.verifier.oracles import rank_distances
+from loraconv.verifier.reshaped import Claims
 from loraconv.watch import Watch
 
 
@@ -33,6 +39,21 @@ class Options:
     strict: bool
     nearest: bool
     allow_nonfinite: bool
+    approximate: Literal["svd"] | None = None
+    max_error: float | None = None
+    rank: int | None = None
+
+    @property
+    def wanted(self) -> Wanted | None:
+        """How near an approximation shall be; None where none was asked for."""
+        hint = "--approximate svd --max-error 1e-3"
+        if self.approximate is None:
+            if self.max_error is not None or self.rank is not None:
+                raise UsageError("--max-error and --rank are for an approximation", hint=hint)
+            return None
+        if self.approximate != "svd":
+            raise UsageError(f"unknown way to approximate: {self.approximate!r}", hint=hint)
+        return wanted(self.rank, None, self.max_error, hint)
 
     @property
     def exact_alpha(self) -> Fraction | None:
@@ -49,7 +70,8 @@ class Options:
 
 @dataclass(slots=True)
 class Job:
-    """One part of a conversion: the plan, the sub-folder it goes to, and what its proof needs.
+    """One part of a conversion: the plan, the sub-folder it goes to, and what its proof needs (``claims``, where the
+    factors are an approximation).
 
     ``check`` raises if the source's numbers are not sound, and returns the CRC-32 of every tensor; it reads what its
     watch has not seen.
@@ -59,9 +81,14 @@ class Job:
     place: str
     proof: dict[str, Any] = field(default_factory=dict)
     check: Callable[[Watch], dict[str, str]] | None = None
+    claims: Claims | None = None
+    is_base: bool = False
 
 
 def adapter_job(source: Source, detected: Detected, to: str, options: Options) -> tuple[Job, list[str]]:
+    specials = specials_in(source, detected)
+    if specials or options.wanted is not None:
+        return _special_job(source, detected, specials, dialect(to), options)
     alpha = options.exact_alpha
     adapter = read_adapter(source, detected, alpha=alpha, strict=options.strict, nearest=options.nearest)
     notices = _health_notices(source, adapter, options) + left_behind(source, detected) + nearest_notices(source)
@@ -82,20 +109,70 @@ def adapter_job(source: Source, detected: Detected, to: str, options: Options) -
     return Job(plan, "", proof), notices
 
 
+def _special_job(
+    source: Source, detected: Detected, specials: Sequence[Special], target: Dialect, options: Options
+) -> tuple[Job, list[str]]:
+    """An adapter that is no plain LoRA: the same tensors, DoRA in another spelling, or the nearest plain LoRA."""
+    how, alpha = options.wanted, options.exact_alpha
+    if not specials:
+        raise UsageError(
+            "the adapter is a plain LoRA already, of which nothing has to be approximated",
+            hint="without --approximate; for a smaller rank: loraconv resize ADAPTER -o OUT --rank R",
+        )
+    refuse_rest(source, detected)
+    notices = _nonfinite_notices(source, check_tensors(t for one in specials for t in one.floats).nonfinite, options)
+    if how is not None:
+        dtype = options.dtype_name or "F32"
+        made = approximate(specials, detected, how, alpha, dtype)
+        plan = plan_adapter(made.adapter, target, detected.family, alike=detected.alike)
+        claims = Claims(made.errors, how.error, dtype)
+        proof = {"alpha": alpha, "every_consumer": not target.every_consumer_reads_alpha}
+        return Job(plan, "", proof, claims=claims), notices
+    if options.dtype is not None or (alpha is not None and not all(one.is_dora for one in specials)):
+        raise UsageError(
+            f"--dtype and --alpha are for factors, and these keep their bytes: {in_words(specials)}",
+            hint="without them, or with --approximate svd --max-error 1e-3",
+        )
+    renamed = None if alpha is not None else plan_renamed(source, detected, specials, target)
+    if renamed is not None:
+        return Job(renamed, "", {"alpha": None}), notices
+    if not all(one.is_dora for one in specials) or "magnitude" not in target.more.values() or target.header:
+        raise _cannot_carry(source, specials, target)
+    dora = plan_dora(source, detected, specials, target, alpha=alpha, strict=options.strict, scale_in=options.scale_in)
+    return Job(dora, "", {"alpha": alpha}), notices
+
+
+def _cannot_carry(source: Source, specials: Sequence[Special], target: Dialect) -> FormatError:
+    only = [one for one in specials if not one.is_dora or one.has_magnitude]
+    near = all(one.can_be_approximated for one in specials)
+    way = f"--to {target.name} --approximate svd --max-error 1e-3" if near else "--to comfyui"
+    dora = "the magnitudes of DoRA normalise the sum of weight and delta; its consumers would leave them out"
+    pairs = "its files hold pairs of factors for linear layers, or divide the rows of these modules otherwise"
+    return FormatError(
+        f"{target.name} cannot carry {in_words(only)}",
+        where="; ".join(fold_names(one.module for one in only)[:4]),
+        why=dora if any(one.has_magnitude for one in only) else pairs,
+        hint=f"loraconv convert {quoted(source.path)} -o OUT {way}",
+        slug="cannot-carry",
+    )
+
+
 def _health_notices(source: Source, adapter: Adapter, options: Options) -> list[str]:
     health = check_adapter(adapter)
-    notices = []
-    if health.nonfinite:
-        if not options.allow_nonfinite:
-            raise nonfinite_error(health.nonfinite, str(source.path))
-        notices.append(
-            f"{len(health.nonfinite)} factors hold NaN or Inf: {'; '.join(fold_names(health.nonfinite)[:4])}"
-        )
+    notices = _nonfinite_notices(source, health.nonfinite, options)
     if len(health.zero_up) == len(adapter.factors):
         notices.append("every up factor (lora_B) is zero: the adapter is untrained and does nothing")
     elif health.zero_up:
         notices.append(f"the up factor is zero, so these do nothing: {'; '.join(fold_names(health.zero_up)[:4])}")
     return notices
+
+
+def _nonfinite_notices(source: Source, names: list[str], options: Options) -> list[str]:
+    if not names:
+        return []
+    if not options.allow_nonfinite:
+        raise nonfinite_error(names, str(source.path))
+    return [f"{len(names)} factors hold NaN or Inf: {'; '.join(fold_names(names)[:4])}"]
 
 
 def nearest_notices(source: Source) -> list[str]:
@@ -138,7 +215,7 @@ def base_job(source: Source, detected: Detected, options: Options, limit: int, p
 
     if source.config is None and inferred.assumed:
         plan = replace(plan, notices=(_assumed(source, inferred.assumed, options.strict),))
-    return Job(plan, place, {"dtype": options.dtype_name}, check)
+    return Job(plan, place, {"dtype": options.dtype_name}, check, is_base=True)
 
 
 def _assumed(source: Source, keys: tuple[str, ...], strict: bool) -> str:

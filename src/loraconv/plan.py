@@ -86,7 +86,7 @@ def plan_adapter(
     Raises :class:`FormatError` where the target cannot carry what the adapter says.
     """
     factors, notices = adapter.factors, list(adapter.notices)
-    family = family_for(factors, target, (family, *alike))
+    family = family_for([f.module for f in factors], target, (family, *alike))
     if dtype is not None:
         factors = tuple(_cast(f, dtype) for f in factors)
     if target.every_consumer_reads_alpha:

@@ -16,6 +16,8 @@ from typing import Literal
 from loraconv.io.run_folder import RunLayout
 
 __all__ = [
+    "LYCORIS",
+    "PEFT_MORE",
     "Blocks",
     "By",
     "Dialect",
@@ -474,6 +476,29 @@ class Foreign:
 
 Container = Literal["run-folder", "safetensors-file"]
 
+#: How LyCORIS, kohya and ComfyUI spell what is no pair of factors, or more than one: the end of a name, and the side of
+#: the module that the tensor is. From KohakuBlueleaf/LyCORIS ``modules/*.py`` and ComfyUI ``weight_adapter/*.py``.
+LYCORIS: Mapping[str, str] = {
+    **{f"hada_{side}": f"hada_{side}" for side in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{side}": f"lokr_{side}" for side in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    "lora_mid.weight": "mid",
+    "diff": "diff",
+    "diff_b": "diff_b",
+    "w_norm": "w_norm",
+    "b_norm": "b_norm",
+    "dora_scale": "magnitude",
+}
+
+#: What peft's LoRA has besides its factors, in files and as dumped from memory (huggingface/peft
+#: ``tuners/lora/layer.py``, ``tuners/lora/dora.py``).
+PEFT_MORE: Mapping[str, str] = {
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora_magnitude_vector.default.weight": "magnitude",
+    "lora_B.bias": "bias",
+    "lora_B.default.bias": "bias",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Mark:
@@ -494,11 +519,13 @@ class Dialect:
     ``{component}`` is the pipeline component. ``components`` are those that the dialect has and what it calls them;
     empty means all, under their own names. ``spellings`` name the family's spellings that may follow, empty for
     diffusers' own names. Of prefixes and spellings the first that the family has is written.
+    ``more`` are the ends of the names of tensors that make a module more than a pair of factors, and what they are.
     ``separator`` replaces the dots in module names. ``rewrites`` turn module names into the usual ones when read.
     ``frozen`` spells the untouched weight of an adapted module.
 
     Scale. ``sidecar`` is the settings file beside the weights (YAML or JSON, by its suffix); ``alpha_at``, ``rank_at``
     and, where modules may differ, ``alpha_pattern_at``, ``rank_pattern_at`` and ``rslora_at`` are paths into it.
+    ``dora_at`` is where the settings say that there are magnitudes, which are vectors then, and elsewhere columns.
     ``header`` is the key of a safetensors header that holds peft's configuration as JSON, ``header_alpha`` one that
     holds alpha as text. ``alpha_of_block`` marks files whose pairs may be several side by side, with the alpha of one
     of them. ``targets_at`` is where the names of the adapted modules stand, ``settings`` what the format's own settings
@@ -521,6 +548,7 @@ class Dialect:
     prefixes: tuple[str, ...]
     also: tuple[tuple[str, str], ...] = ()
     alpha: str = ""
+    more: Mapping[str, str] = field(default_factory=dict)
     components: Mapping[str, str] = field(default_factory=dict)
     spellings: tuple[str, ...] = ("",)
     separator: str = "."
@@ -535,6 +563,7 @@ class Dialect:
     alpha_pattern_at: str = ""
     rslora_at: str = ""
     targets_at: str = ""
+    dora_at: str = ""
     settings: Mapping[str, object] = field(default_factory=dict)
     header: str = ""
     header_alpha: str = ""

@@ -270,6 +270,11 @@ def _tensor_claims(source: Source, detected: Detected) -> list[Teller]:
     return [lambda module: told.get(module, Claim(ALPHA_TENSORS, None, None))] if told else []
 
 
+def alpha_in(tensor: TensorRef) -> Fraction:
+    """The alpha that a tensor holds; raises :class:`CorruptCheckpoint` for none, and one that cannot be meant."""
+    return number(_number_in(tensor), f"{tensor.file.shown}, {printable(tensor.name)}")
+
+
 def _number_in(tensor: TensorRef) -> int | float:
     try:
         return number_in(tensor)

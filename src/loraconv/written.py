@@ -32,6 +32,21 @@ class Written:
 
 def write_pairs(factors: Sequence[Factor], target: Dialect, family: Family) -> list[Written]:
     """The pairs of the target's file. Raises :class:`FormatError` for what it has no names for or cannot fuse."""
+    naming = naming_for(target, family)
+    grouped: dict[str, tuple[Rule, dict[int, Factor]]] = {}
+    for factor, (written, rule, part) in zip(factors, _names(factors, naming), strict=True):
+        grouped.setdefault(written, (rule, {}))[1][part] = factor
+    made: list[Written] = []
+    for module, (rule, parts) in grouped.items():
+        if "{part}" in target.down:
+            made += [Written(module, str(part), f.down, f.up, f.scale) for part, f in parts.items()]
+        else:
+            made.append(_fused(module, rule, parts))
+    return made
+
+
+def naming_for(target: Dialect, family: Family) -> Naming:
+    """How the target's file names the modules. Raises :class:`FormatError` where it is not written, or has no names."""
     if target.read_only:
         raise FormatError(f"{target.name} is read, not written", why=target.read_only, slug="read-only")
     ways = namings(target.name, family.name)
@@ -43,25 +58,16 @@ def write_pairs(factors: Sequence[Factor], target: Dialect, family: Family) -> l
             slug="cannot-carry",
         )
     _refuse_components(family)
-    grouped: dict[str, tuple[Rule, dict[int, Factor]]] = {}
-    for factor, (written, rule, part) in zip(factors, _names(factors, ways[0]), strict=True):
-        grouped.setdefault(written, (rule, {}))[1][part] = factor
-    made: list[Written] = []
-    for module, (rule, parts) in grouped.items():
-        if "{part}" in target.down:
-            made += [Written(module, str(part), f.down, f.up, f.scale) for part, f in parts.items()]
-        else:
-            made.append(_fused(module, rule, parts))
-    return made
+    return ways[0]
 
 
-def family_for(factors: Sequence[Factor], target: Dialect, families: Sequence[Family]) -> Family:
+def family_for(modules: Sequence[str], target: Dialect, families: Sequence[Family]) -> Family:
     """The one of ``families`` (which the adapter's names fit alike) whose names the target's file gets.
 
     Raises :class:`FormatError` where they have different names there.
     """
     ways = [(f, ways[0]) for f in families if (ways := namings(target.name, f.name))]
-    written = {f.name: tuple((w[0], w[2]) if (w := way.write(x.module)) else None for x in factors) for f, way in ways}
+    written = {f.name: tuple((w[0], w[2]) if (w := way.write(m)) else None for m in modules) for f, way in ways}
     named = {name: names for name, names in written.items() if None not in names}
     if len(set(named.values())) > 1:
         raise FormatError(

@@ -121,6 +121,9 @@ def sat2diffusers(as_json: bool, quiet: bool, debug: bool, **options: Any) -> No
 @click.option("-o", "--out", required=True, help="The folder to write.")
 @click.option("--to", required=True, metavar="FORMAT", help="diffusers, peft, kohya ... (see `loraconv formats`).")
 @click.option("--family", metavar="MODEL", help="The model's family, where the adapter's names fit several.")
+@click.option("--approximate", type=click.Choice(["svd"]), help="Make a plain LoRA of LoHa, LoKr and full differences.")
+@click.option("--max-error", type=float, metavar="E", help="With --approximate: the relative error a module may have.")
+@click.option("--rank", type=int, metavar="R", help="With --approximate: the rank, instead of --max-error.")
 @_conversion_options
 @_output_options
 def convert(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:

@@ -13,11 +13,13 @@ from fractions import Fraction
 from pathlib import Path
 
 from loraconv.adapter import Adapter, read_adapter
+from loraconv.algebra import specials_in
 from loraconv.detect import Detected, detect
 from loraconv.errors import FormatError, UsageError
-from loraconv.health import Health, check_adapter, nonfinite_error
+from loraconv.health import Health, check_adapter, check_tensors, nonfinite_error
 from loraconv.jobs import left_behind, nearest_notices, unknown_notices
 from loraconv.names import fold_names, printable
+from loraconv.products import read_products
 from loraconv.scale import Scale, given_alpha
 from loraconv.source import Source, open_source
 
@@ -53,9 +55,16 @@ class Used:
 
 
 def open_adapters(
-    given: Iterable[str | Path], stack: ExitStack, *, alpha: float | None, rank: int | None, strict: bool, nearest: bool
+    given: Iterable[str | Path],
+    stack: ExitStack,
+    *,
+    alpha: float | None,
+    rank: int | None,
+    strict: bool,
+    nearest: bool,
+    special: bool = False,
 ) -> tuple[Used, ...]:
-    """Open and read every adapter; ``stack`` closes them.
+    """Open and read every adapter; ``stack`` closes them. With ``special`` it may be more than a plain LoRA.
 
     Raises :class:`UsageError` (none, a senseless strength, ``alpha`` or ``rank`` of several), what :func:`read_adapter`
     raises, :class:`FormatError` (``rank-contradiction``, ``adapter-zero``) and :class:`CorruptCheckpoint` (NaN, Inf).
@@ -68,7 +77,9 @@ def open_adapters(
             "--alpha and --rank speak of one adapter, and several are named",
             hint="write it into the adapter that lacks it: loraconv convert ADAPTER --alpha A --to peft -o FIXED",
         )
-    used = tuple(_open(path, strength, stack, given_alpha(alpha), rank, strict, nearest) for path, strength in named)
+    used = tuple(
+        _open(path, strength, stack, given_alpha(alpha), rank, strict, nearest, special) for path, strength in named
+    )
     if all(_is_zero(one) for one in used):
         raise FormatError(
             "the adapter does nothing: every up factor (lora_B) is zero",
@@ -96,15 +107,26 @@ def split_strength(text: str | Path) -> tuple[Path, Fraction]:
 
 
 def _open(
-    path: Path, strength: Fraction, stack: ExitStack, alpha: Fraction | None, rank: int | None, strict: bool, near: bool
+    path: Path,
+    strength: Fraction,
+    stack: ExitStack,
+    alpha: Fraction | None,
+    rank: int | None,
+    strict: bool,
+    near: bool,
+    special: bool,
 ) -> Used:
     source = stack.enter_context(open_source(path))
     detected = detect(source)
-    adapter = read_adapter(source, detected, alpha=alpha, strict=strict, nearest=near)
+    specials = specials_in(source, detected) if special else []
+    if specials:
+        adapter = read_products(source, detected, specials, alpha=alpha, strict=strict)
+    else:
+        adapter = read_adapter(source, detected, alpha=alpha, strict=strict, nearest=near)
     _check_rank(source, adapter, rank)
     with ThreadPoolExecutor(1) as beside:
         digest = beside.submit(_digest, adapter)
-        health = check_adapter(adapter)
+        health = check_tensors(t for one in specials for t in one.floats) if specials else check_adapter(adapter)
     said = [*source.notices, *adapter.notices, *unknown_notices(detected), *left_behind(source, detected)]
     said += [*nearest_notices(source), *_health_notices(path, adapter, health)]
     return Used(path, strength, source, detected, adapter, alpha, digest.result(), tuple(said))
@@ -142,7 +164,7 @@ def _is_zero(used: Used) -> bool:
 def _digest(adapter: Adapter) -> str:
     digest = hashlib.sha256()
     for factor in adapter.factors:
-        for side in (factor.down, factor.up):
+        for side in (factor.down, factor.up, *([factor.magnitude] if factor.magnitude is not None else [])):
             digest.update(f"{factor.module} {side.dtype} {side.shape} ".encode())
             for piece in side.pieces():
                 digest.update(piece)

@@ -88,7 +88,7 @@ def fuse(
     with ExitStack() as opened:
         model = opened.enter_context(open_model(base))
         refuse_projector_only(adapters)
-        used = open_adapters(adapters, opened, alpha=alpha, rank=rank, strict=strict, nearest=nearest)
+        used = open_adapters(adapters, opened, alpha=alpha, rank=rank, strict=strict, nearest=nearest, special=True)
         joined = join(model, used, opened, hf=to is not None, tower=vision_tower, dtype=_dtype(dtype))
         plan, said = _plan(model, used, joined, options)
         notices = tuple(dict.fromkeys([*(notice for one in used for notice in one.notices), *said]))

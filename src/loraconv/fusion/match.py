@@ -10,7 +10,8 @@ from fractions import Fraction
 from loraconv.adapter import Factor, natural
 from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError, UsageError
 from loraconv.fusion.adapters import Used
-from loraconv.fusion.merging import DTYPES, Term
+from loraconv.fusion.dora import refuse_beside_dora, term_of
+from loraconv.fusion.merging import DTYPES, Term, as_matrix
 from loraconv.fusion.patterns import choose
 from loraconv.io.sidecar import parse_json
 from loraconv.lazy import TensorRef
@@ -32,15 +33,24 @@ def terms_of(model: Model, used: Sequence[Used], patterns: Sequence[str]) -> tup
     factors = [(one, factor) for one in used for factor in one.adapter.factors]
     modules = sorted({factor.module for _, factor in factors}, key=natural)
     chosen = choose(modules, patterns) if patterns else modules
-    homes = {module: model.tensors.get(f"{module}.weight") for module in chosen}
+    homes = {module: model.tensors.get(home_of(module)) for module in chosen}
     _check_shapes(model, homes, [factor for _, factor in factors])
     _check_homes(model, homes, used)
     _check_dtypes([ref for ref in homes.values() if ref is not None])
-    made: dict[str, list[Term]] = {f"{module}.weight": [] for module in chosen}
+    made: dict[str, list[Term]] = {home_of(module): [] for module in chosen}
     for one, factor in factors:
         if factor.module in homes:
-            made[f"{factor.module}.weight"].append(Term(factor.up, factor.down, one.strength * _scale(factor)))
+            plain = Term(factor.up, factor.down, one.strength * _scale(factor))
+            home, name = homes[factor.module], home_of(factor.module)
+            assert home is not None
+            made[name].append(plain if factor.magnitude is None else term_of(factor, one.strength, home))
+    refuse_beside_dora(made)
     return chosen, made
+
+
+def home_of(module: str) -> str:
+    """The tensor that a module's delta is added to: its weight, or the bias that the name is of."""
+    return module if module.endswith(".bias") else f"{module}.weight"
 
 
 def _scale(factor: Factor) -> Fraction:
@@ -53,7 +63,7 @@ def _check_shapes(model: Model, homes: dict[str, TensorRef | None], factors: Seq
     wrong = {}
     for factor in factors:
         home, shape = homes.get(factor.module), (factor.up.shape[0], factor.down.shape[1])
-        if home is not None and home.shape != shape:
+        if home is not None and as_matrix(home).shape != shape:
             wrong[factor.module] = f"base {_size(home.shape)}, adapter {_size(shape)}"
     if wrong:
         first = next(iter(wrong))

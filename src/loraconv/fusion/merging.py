@@ -95,6 +95,11 @@ def _values(tensor: Lazy) -> Array:
     return read(tensor)
 
 
+def as_matrix(ref: TensorRef) -> TensorRef:
+    """A vector as a column; any other tensor as it is."""
+    return replace(ref, shape=(*ref.shape, 1)) if len(ref.shape) == 1 else ref
+
+
 def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """The ranges of rows in which a weight of shape (out, in) is computed."""
     step = max(1, BLOCK // max(shape[1], 1))

@@ -28,7 +28,9 @@ from loraconv.ordered import in_order, workers
 from loraconv.verifier.fused import FusedReport, prove_fused
 from loraconv.verifier.fused import Term as ProvenTerm
 from loraconv.verifier.llava import as_original, tower_beside, trained_beside
+from loraconv.verifier.numbers import Tensor
 from loraconv.verifier.oracles import pairs_of
+from loraconv.verifier.spelled import apart
 
 Rest = Literal["copy", "link"]
 
@@ -159,8 +161,11 @@ def _prove(plan: Plan, made: Mapping[str, TensorRef]) -> FusedReport:
     terms = []
     for one in plan.used:
         source = one.source
-        pairs = pairs_of(one.detected.dialect.name, list(source.ranks), source.metadata, source.config, one.alpha)
-        terms.append(ProvenTerm(pairs, one.strength))
+        ranks, magnitudes = [*source.ranks], dict[str, Tensor]()
+        if len(ranks) == 1:
+            ranks[0], magnitudes = apart(ranks[0])
+        pairs = pairs_of(one.detected.dialect.name, list(ranks), source.metadata, source.config, one.alpha)
+        terms.append(ProvenTerm(pairs, one.strength, magnitudes))
     base, beside, rows = plan.model.tensors, _beside(plan), None
     if plan.joined.hf is not None:
         made, rows = as_original(made, {**base, **beside})

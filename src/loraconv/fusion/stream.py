@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from loraconv.fusion.merging import BLOCK, Factors, Term, blocks, cast_rows, merge_rows, stack
+from loraconv.fusion.merging import BLOCK, Factors, Term, as_matrix, blocks, cast_rows, merge_rows, stack
 from loraconv.fusion.shards import Entry, Shard
 from loraconv.health import compare_crc
 from loraconv.io.atomic import OutputFile, OutputFolder
@@ -96,7 +96,7 @@ def _blocks(
 ) -> Iterator[Callable[[], Block]]:
     """What makes each block of each tensor that is not copied, in the order of the bytes."""
     for entry in (entry for shard in shards for entry in shard.entries if not entry.copied):
-        ref = entry.base
+        ref = as_matrix(entry.base)
         if entry.fused:
             # Handed out before the blocks that wait for it, so that some thread is at work on it already.
             factors = pool.submit(stack, terms[entry.key])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from loraconv.reshaping.truncation import Cut, Wanted, stored
+from loraconv.truncation import Cut, Wanted, stored
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,10 +19,10 @@ from loraconv.reshaping.approximation import approximate
 from loraconv.reshaping.comparing import Changes, changes, delta_of
 from loraconv.reshaping.opening import dtype_name
 from loraconv.reshaping.result import Input, ModuleFacts, ReshapeResult
-from loraconv.reshaping.truncation import Cut, wanted
 from loraconv.reshaping.writing import Planned, write
 from loraconv.rules import Family
 from loraconv.scale import Scale
+from loraconv.truncation import Cut, wanted
 from loraconv.verifier.extracted import prove_extracted
 from loraconv.verifier.reshaped import Claims
 

@@ -10,7 +10,7 @@ from loraconv.registry import dialect
 from loraconv.reshaping.opening import dtype_name, open_for
 from loraconv.reshaping.result import ReshapeResult
 from loraconv.reshaping.summing import Summed, finish, sum_up
-from loraconv.reshaping.truncation import wanted
+from loraconv.truncation import wanted
 
 _HINT = "loraconv resize ADAPTER -o OUT --rank 16"
 

@@ -25,10 +25,10 @@ from loraconv.plan import plan_adapter
 from loraconv.registry import dialect
 from loraconv.reshaping.opening import dtype_name, input_of, notices_of, open_for
 from loraconv.reshaping.result import ModuleFacts, ReshapeResult
-from loraconv.reshaping.truncation import Cut, Wanted, cut, wanted
 from loraconv.reshaping.writing import Planned, adapter_paths, check_unchanged, proven_term, write
 from loraconv.rules import Dialect
 from loraconv.scale import LARGEST_ALPHA, Scale
+from loraconv.truncation import Cut, Wanted, cut, wanted
 from loraconv.verifier.reshaped import Claims, prove_reshaped
 
 _HINT = "loraconv merge A@0.8 B@0.5 -o OUT"

@@ -27,6 +27,7 @@ from loraconv.verifier.diagnosis import Finding
 from loraconv.verifier.fused import FusedReport, Term, prove_fused
 from loraconv.verifier.llava import main_dtype, trained_beside
 from loraconv.verifier.proof import Check
+from loraconv.verifier.spelled import apart
 
 #: Notes in config.json about where it came from, which the class that is to be built does not read, and the dtype,
 #: which the tensors tell.
@@ -107,8 +108,12 @@ def verify_fused(
     subject = _subject(base, paths, alpha, dtype, bound)
     with ExitStack() as stack:
         sources = [stack.enter_context(open_source(path)) for path, _ in subject.adapters]
-        pairs = [adapter_pairs(source, alpha) for source in sources]
-        terms = [Term(found, strength) for found, (_, strength) in zip(pairs, subject.adapters, strict=True)]
+        divided = [apart(source.tensors) if len(source.ranks) == 1 else (source.tensors, {}) for source in sources]
+        plain = [replace(s, ranks=[own, *s.ranks[1:]]) for s, (own, _) in zip(sources, divided, strict=True)]
+        pairs = [adapter_pairs(source, alpha) for source in plain]
+        strengths = [strength for _, strength in subject.adapters]
+        magnitudes = [found for _, found in divided]
+        terms = [Term(*term) for term in zip(pairs, strengths, magnitudes, strict=True)]
         before, after = (stack.enter_context(open_model(path)) for path in (base, paths[-1]))
         _refuse_hf(after)
         beside = _beside([source.path for source in sources], stack)

@@ -20,10 +20,11 @@ from loraconv.verifier.adapter import prove_adapter
 from loraconv.verifier.base import prove_base
 from loraconv.verifier.dtypes import expected_dtypes
 from loraconv.verifier.loadable import SETTINGS_FILES, adapter_file, check_base_files, check_torch, check_written
-from loraconv.verifier.numbers import Expectation, Pair
+from loraconv.verifier.numbers import Expectation, Pair, Tensor
 from loraconv.verifier.oracles import ORACLES, pairs_of, yaml_settings
 from loraconv.verifier.origin import check_origin, record, recorded_dtypes, source_record
 from loraconv.verifier.proof import Check, Proof
+from loraconv.verifier.spelled import apart, check_magnitudes
 
 
 class Checkpoint(Protocol):
@@ -62,10 +63,15 @@ def prove_written(
             opened = {name: stack.enter_context(opener(folder / name)) for name in files}
             return _prove_base(folder, opened, source, dtype)
         written = read_adapter_files(folder, kind, files, settings_file, stack)
-        pairs = pairs_of(source_kind, list(source.ranks), source.metadata, source.config, alpha)
+        ranks, magnitudes = list[Mapping[str, TensorRef]](source.ranks), dict[str, Tensor]()
+        if source_kind != "sat":
+            ranks[0], magnitudes = apart(ranks[0])
+        pairs = pairs_of(source_kind, ranks, source.metadata, source.config, alpha)
         earlier = source_record(source.metadata, source.config)
         dtypes = expected_dtypes(pairs, written.pairs, dtype, recorded_dtypes(earlier))
         proof = prove_adapter(Expectation(pairs, dtypes), written.pairs, scale_ignored=every_consumer)
+        if magnitudes or written.magnitudes:
+            proof = replace(proof, checks=(*proof.checks, check_magnitudes(magnitudes, written.magnitudes)))
         if source_kind != "sat" or kind not in ORACLES:
             return proof
         told = record(written.metadata, written.settings)
@@ -74,9 +80,11 @@ def prove_written(
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """An adapter that was written: what the format says that it is, its header and its settings file."""
+    """An adapter that was written: what the format says that it is, its magnitudes by module if it is a DoRA, its
+    header and its settings file."""
 
     pairs: Mapping[str, Pair]
+    magnitudes: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     settings: Mapping[str, Any] | None
 
@@ -91,9 +99,10 @@ def read_adapter_files(folder: Path, kind: str, files: Sequence[str], settings_f
     file = stack.enter_context(InputFile(folder / name))
     tensors, metadata = _safetensors(file) if _is_safetensors(file, kind) else _torch(file, kind)
     settings = _settings(folder, SETTINGS_FILES.get(kind, "" if kind in ORACLES else settings_file))
+    plain, magnitudes = apart(tensors) if kind != "sat" else (tensors, {})
     if kind in ORACLES:
-        check_written(kind, tensors, metadata, settings)
-    return Written(pairs_of(kind, [tensors], metadata, settings, None), metadata, settings)
+        check_written(kind, plain, metadata, settings, dora=bool(magnitudes))
+    return Written(pairs_of(kind, [plain], metadata, settings, None), magnitudes, metadata, settings)
 
 
 def _origin(

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 from loraconv.errors import ProofFailed
 from loraconv.lazy import Joined, Lazy, TensorRef, number, read
 from loraconv.names import printable
-from loraconv.verifier.numbers import Pair
+from loraconv.verifier.algebra import is_special, side_of, special_pairs
+from loraconv.verifier.numbers import Held, Pair, values
 from loraconv.verifier.original_names import Share, here
 
 Tensors = Mapping[str, TensorRef]
@@ -111,14 +113,20 @@ def _pairs(
         elif name.endswith(".alpha"):
             sides.setdefault(name[: -len(".alpha")], {})["alpha"] = ref
         else:
-            raise _not_covered(name)
+            more = side_of(name)
+            if more is None:
+                raise _not_covered(name)
+            sides.setdefault(more[0], {})[more[1]] = ref
     begin = next((p for p in prefixes if all(module.startswith(p) for module in sides)), None)
-    broken = [module for module, found in sides.items() if not {"down", "up"} <= set(found)]
+    broken = [m for m, found in sides.items() if not is_special(found) and not {"down", "up"} <= set(found)]
     if begin is None or broken:
         raise _not_covered(broken[0] if broken else next(iter(sides)))
     shares = here([module[len(begin) :] for module in sides], original=original)
     pairs: dict[str, Pair] = {}
     for found, parts in zip(sides.values(), shares, strict=True):
+        if is_special(found):
+            pairs |= {m: p for end, pair in special_pairs(found, user).items() for m, p in _rows(end, pair, parts)}
+            continue
         told = user if user is not None else _alpha(found.get("alpha"), known, found["down"].shape[0])
         pairs |= dict(_split(found["down"], found["up"], told, parts, alpha_of_block))
     return pairs
@@ -145,6 +153,20 @@ def _split(
         rows: list[Lazy] = [up.rows(n * height, (n + 1) * height).columns(first, last) for n in share.chunks]
         scale = alpha / width if width and alpha_of_block else alpha / rank
         yield share.module, Pair(down.rows(first, last), rows[0] if len(rows) == 1 else Joined(tuple(rows), 0), scale)
+
+
+def _rows(end: str, pair: Pair, parts: list[Share]) -> Iterator[tuple[str, Pair]]:
+    """The pairs of the diffusers modules whose rows a delta has; ``end`` comes behind their names."""
+    import numpy as np
+
+    if len(parts) == 1 and parts[0].of == 1 and parts[0].last is None:
+        yield parts[0].module + end, pair
+        return
+    up = values(pair.up)
+    for share in (share.sized(pair.shape[0], pair.shape[2]) for share in parts):
+        chunks = np.split(up, share.of)
+        own = Held(np.concatenate([chunks[n] for n in share.chunks]), pair.up.dtype)
+        yield share.module + end, replace(pair, up=own)
 
 
 def _diagonal(up: TensorRef, parts: list[Share], height: int, rank: int) -> int:

@@ -81,11 +81,13 @@ def check_torch(root: Mapping[Any, Any]) -> None:
         raise unloadable(f"mp_world_size is {world!r}, the file is one rank's")
 
 
-def check_written(kind: str, tensors: Tensors, metadata: Mapping[str, str], settings: Mapping[str, Any] | None) -> None:
+def check_written(
+    kind: str, tensors: Tensors, metadata: Mapping[str, str], settings: Mapping[str, Any] | None, *, dora: bool = False
+) -> None:
     """Raise :class:`ProofFailed` where a consumer would not build the right modules from what was written.
 
     A consumer makes the modules that the configuration names, of the rank that it names, before it fills them; and
-    diffusers passes over every key without the component's prefix.
+    diffusers passes over every key without the component's prefix. ``dora``: there are magnitudes besides ``tensors``.
     """
     if kind not in ("diffusers", "peft", "sat"):
         return
@@ -100,7 +102,9 @@ def check_written(kind: str, tensors: Tensors, metadata: Mapping[str, str], sett
     names = {name.removeprefix(prefix).rpartition(".lora_")[0] for name in tensors if name.startswith(prefix)}
     if len(names) * 2 != len(tensors):
         raise unloadable(f"keys without the prefix {prefix}")
-    _check_plain(config)
+    if (config.get("use_dora") is True) != dora:
+        raise unloadable(f"use_dora is {config.get('use_dora')!r}, magnitudes are {'there' if dora else 'not there'}")
+    _check_plain({key: value for key, value in config.items() if key != "use_dora"})
     if not isinstance(config["target_modules"], list) or names != set(config["target_modules"]):
         raise unloadable("target_modules are not the modules of the file")
     wrong = [n for n in names if tensors[f"{prefix}{n}.lora_A.weight"].shape[0] != by_pattern(config, "r", n)]

@@ -19,6 +19,7 @@ from loraconv.errors import FormatError, ProofFailed
 from loraconv.lazy import TensorRef, read
 from loraconv.names import printable
 from loraconv.verifier import file_oracles
+from loraconv.verifier.algebra import column
 from loraconv.verifier.numbers import Held, Pair, difference_norm, product_norm, values
 
 _SAT_FACTOR = re.compile(
@@ -157,7 +158,7 @@ def peft_pairs(
 
 
 #: In memory the adapter's own name stands in the key; trainers that dump their state leave it there.
-_PEFT_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
+_PEFT_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.(weight|bias)")
 
 
 def _peft_like(
@@ -166,17 +167,21 @@ def _peft_like(
     sides: dict[str, dict[str, TensorRef]] = {}
     for name, ref in tensors.items():
         found = _PEFT_FACTOR.fullmatch(name)
-        if found is None:
+        if found is None or (found[3] == "bias" and found[2] == "A"):
             raise _not_covered(name)
         prefix = next(p for p in prefixes if name.startswith(p))
-        sides.setdefault(found[1][len(prefix) :], {})[found[2]] = ref
+        side = "bias" if found[3] == "bias" else found[2]
+        sides.setdefault(found[1][len(prefix) :], {})[side] = ref
     pairs = {}
     for module, both in sides.items():
-        if len(both) < 2:
+        if not {"A", "B"} <= both.keys():
             raise _not_covered(f"{module}, one factor of two")
         rank = both["A"].shape[0]
         told = alpha if alpha is not None else _peft_alpha(config, module, rank)
-        pairs[module] = Pair(both["A"], both["B"], _peft_scale(told, rank, config.get("use_rslora") is True))
+        scale = _peft_scale(told, rank, config.get("use_rslora") is True)
+        pairs[module] = Pair(both["A"], both["B"], scale)
+        if "bias" in both:  # lora_B's own, which is scaled as its product is
+            pairs[f"{module}.bias"] = column(both["bias"], scale)
     return pairs
 
 

@@ -50,8 +50,9 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What was said about the output: the relative error of each module whose rank was cut, the greatest that the user
-    allows (None: any), and the dtype of all factors (None: that of the sources, or float32 where that would round)."""
+    """What was said about the output: the relative error of each module whose factors were computed anew, the greatest
+    that the user allows (None: any), and the dtype of all factors (None: that of the sources, or float32 where that
+    would round)."""
 
     errors: Mapping[str, float]
     asked: float | None = None
@@ -161,7 +162,7 @@ class _Seen:
 def _look(module: str, expected: Pair, stored: Pair, claims: Claims) -> _Seen:
     cut = module in claims.errors
     (out, rank, inner), (out_stored, rank_stored, inner_stored) = expected.shape, stored.shape
-    fitting = (out, inner) == (out_stored, inner_stored) and (rank_stored < rank if cut else rank_stored == rank)
+    fitting = (out, inner) == (out_stored, inner_stored) and (rank_stored <= rank if cut else rank_stored == rank)
     if not fitting or not _right_dtypes(expected, stored, claims):
         return _Seen(module, cut, (NAMES,))
     stored = Pair(_held(stored.down), _held(stored.up), stored.scale)

@@ -10,17 +10,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
-from loraconv.lazy import TensorRef
+from loraconv.lazy import Joined, TensorRef
 from loraconv.names import FLOAT_DTYPES
 from loraconv.verifier.diagnosis import Finding, finding
-from loraconv.verifier.numbers import HALF_ULP, values
+from loraconv.verifier.numbers import HALF_ULP, Tensor, values
+from loraconv.verifier.original_names import Share, here
+from loraconv.verifier.proof import Check
 
 Tensors = Mapping[str, TensorRef]
 
 _IN_MEMORY = re.compile(r"(.+\.lora_[AB])\.([^.]+)(\.weight)")
 _MAGNITUDE = re.compile(r"(.+?)\.(?:lora_magnitude_vector(?:\.[^.]+){0,2}|dora_scale)")
-_PREFIXES = ("base_model.model.", "transformer.")
+_ORIGINAL = ("lora_unet_", "lora_transformer_", "diffusion_model.")
+_PREFIXES = ("base_model.model.", "transformer.", *_ORIGINAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,27 +33,47 @@ class Keys:
     (diffusers name). ``in_memory``: key -> the adapter's name in it."""
 
     plain: dict[str, TensorRef]
-    magnitudes: dict[str, TensorRef]
+    magnitudes: dict[str, Tensor]
     in_memory: dict[str, str]
 
 
 def sort_keys(tensors: Tensors) -> Keys:
     """The keys of an adapter, sorted; a key that is no adapter's stays as it is."""
-    keys = Keys({}, {}, {})
+    keys, magnitudes = Keys({}, {}, {}), dict[str, TensorRef]()
     for name, ref in tensors.items():
         magnitude, named = _MAGNITUDE.fullmatch(name), _IN_MEMORY.fullmatch(name)
         if magnitude is not None and ref.dtype in FLOAT_DTYPES:
-            keys.magnitudes[_module(magnitude.group(1))] = ref
+            magnitudes[magnitude.group(1)] = ref
         elif named is not None and named.group(1) + named.group(3) not in tensors:
             keys.in_memory[name] = named.group(2)
             keys.plain[named.group(1) + named.group(3)] = ref
         else:
             keys.plain[name] = ref
+    keys.magnitudes.update(magnitudes_of(magnitudes))
     return keys
 
 
-def _module(spelled: str) -> str:
-    return next((spelled[len(p) :] for p in _PREFIXES if spelled.startswith(p)), spelled)
+def apart(tensors: Tensors) -> tuple[dict[str, TensorRef], dict[str, Tensor]]:
+    """``(everything else, magnitudes by diffusers module)``."""
+    found = {name: _MAGNITUDE.fullmatch(name) for name in tensors}
+    magnitudes = {match[1]: tensors[name] for name, match in found.items() if match is not None}
+    return {name: ref for name, ref in tensors.items() if found[name] is None}, magnitudes_of(magnitudes)
+
+
+def magnitudes_of(spelled: Tensors) -> dict[str, Tensor]:
+    """Module (diffusers name) -> magnitudes, from those by the module's name in the file."""
+    bare = [next((name[len(p) :] for p in _PREFIXES if name.startswith(p)), name) for name in spelled]
+    flattened = any(name.startswith(_ORIGINAL) for name in spelled)
+    shares = here(bare, original=True) if flattened else [[Share(name)] for name in bare]
+    made: dict[str, Tensor] = {}
+    for ref, parts in zip(spelled.values(), shares, strict=True):
+        if (len(parts) == 1 and parts[0].of == 1) or ref.shape[0] == 1:
+            made |= {share.module: ref for share in parts}
+            continue
+        for share in parts:
+            height = ref.shape[0] // share.of
+            made[share.module] = Joined(tuple(ref.rows(n * height, (n + 1) * height) for n in share.chunks), 0)
+    return made
 
 
 def passed_over(keys: Keys, kind: str, prefix: str, has_settings: bool) -> Iterator[Finding]:
@@ -103,7 +127,7 @@ class Magnitudes:
     equal: int
 
 
-def compare_magnitudes(one: Tensors, other: Tensors) -> tuple[Magnitudes, list[Finding]]:
+def compare_magnitudes(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> tuple[Magnitudes, list[Finding]]:
     """The magnitudes of two adapters by module, and what is wrong with those of the second."""
     findings = []
     lost, gained = [m for m in one if m not in other], [m for m in other if m not in one]
@@ -126,12 +150,25 @@ def compare_magnitudes(one: Tensors, other: Tensors) -> tuple[Magnitudes, list[F
     return Magnitudes(len(one), len(other), len(one) - len(lost) - len(differing)), findings
 
 
-def _same_values(one: TensorRef, other: TensorRef) -> bool:
+def check_magnitudes(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> Check:
+    """Every magnitude of a DoRA, the same number as in the source."""
+    _, findings = compare_magnitudes(expected, stored)
+    narrowed = any(stored[m].dtype != ref.dtype for m, ref in expected.items() if m in stored)
+    detail = "; ".join([f.sentence for f in findings] + ["in another dtype"] * narrowed)
+    return Check("L1", "magnitudes of DoRA", not detail, len(expected), detail=detail)
+
+
+def by_column(magnitudes: Tensor) -> bool:
+    """True for magnitudes of the columns of the weight, (1, in), and not of its rows, (out,) or (out, 1)."""
+    return len(magnitudes.shape) > 1 and magnitudes.shape[0] == 1 < prod(magnitudes.shape)
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
     """Equal numbers, in any shape of one size; in two dtypes, within a rounding to the narrower."""
     import numpy as np
 
     first, second = values(one).reshape(-1), values(other).reshape(-1)
-    if first.shape != second.shape:
+    if first.shape != second.shape or by_column(one) != by_column(other):
         return False
     relative, least = (0.0, 0.0) if one.dtype == other.dtype else max(HALF_ULP[one.dtype], HALF_ULP[other.dtype])
     with np.errstate(invalid="ignore"):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from loraconv.lazy import TensorRef
 from loraconv.names import FLOAT_DTYPES, fold_names
+from loraconv.verifier.algebra import dora_delta
 from loraconv.verifier.fused.figures import Figures
 from loraconv.verifier.fused.rounding import Delta
-from loraconv.verifier.numbers import Pair, values
+from loraconv.verifier.numbers import Pair, Tensor, values
 from loraconv.verifier.proof import Check
 
 if TYPE_CHECKING:
@@ -24,10 +25,12 @@ NOTHING: Tensors = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One adapter: module (diffusers name) -> factors and scale by its format's own definition, and its strength."""
+    """One adapter: module (diffusers name) -> factors and scale by its format's own definition, its strength, and the
+    magnitudes of the modules that are a DoRA."""
 
     pairs: Mapping[str, Pair]
     strength: Fraction
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +80,20 @@ class Case:
     def parts(self, module: str) -> list[Part]:
         """The adapters' factors for a module."""
         return [
-            Part(values(pair.up), values(pair.down), pair.scale, term.strength, number)
+            Part(*self._factors(module, term, pair), term.strength, number)
             for number, term in enumerate(self.terms)
             if (pair := term.pairs.get(module)) is not None
         ]
+
+    def _factors(self, module: str, term: Term, pair: Pair) -> tuple[Array, Array, Fraction | float]:
+        """``(up, down, scale)``; of a DoRA the change of the whole weight, and an identity."""
+        import numpy as np
+
+        magnitude = term.magnitudes.get(module)
+        if magnitude is None:
+            return values(pair.up), values(pair.down), pair.scale
+        change = dora_delta(values(self.base[home_of(module)]), pair, magnitude)
+        return change, np.eye(change.shape[1]), Fraction(1)
 
     def delta(self, module: str) -> Delta:
         """``sum(strength * scale * up @ down)`` of a module."""
@@ -115,8 +128,8 @@ class Case:
 
 
 def home_of(module: str) -> str:
-    """The tensor that a module's delta is added to."""
-    return f"{module}.weight"
+    """The tensor that a module's delta is added to; a name that ends in ``.bias`` is that of a bias."""
+    return module if module.endswith(".bias") else f"{module}.weight"
 
 
 def delta_of(parts: Sequence[Part]) -> Delta:

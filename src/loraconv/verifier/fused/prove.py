@@ -7,7 +7,7 @@ is computed here from the formats' own definitions, in this package's own arithm
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loraconv.errors import FormatError
 from loraconv.lazy import TensorRef
@@ -60,7 +60,10 @@ def prove_fused(
     Raises :class:`FormatError` (``not-comparable``) where base and adapters, or base and fused model, have nothing in
     common.
     """
-    case = Case({**base, **beside}, terms, fused, chosen(terms, only), dtype, bound)
+    modules, every = chosen(terms, only), {**base, **beside}
+    vectors = {name for name in map(home_of, modules) if name in every and len(every[name].shape) == 1}
+    fused = _with_columns(fused, vectors)
+    case = Case(_with_columns(every, vectors), terms, fused, modules, dtype, bound)
     _refuse_strangers(case)
     touched, untouched = case.touched(), case.untouched()
     results = list(in_parallel(lambda name: _touched(case, name, touched[name]), _by_place(fused, touched)))
@@ -79,6 +82,11 @@ def prove_fused(
     proof = Proof("fused", checks, controls)
     findings = () if all(check.passed for check in checks) else tuple(diagnose_fused(case, tensors, changed))
     return FusedReport(proof, findings, tensors, sum((t.figures for t in tensors), Figures()))
+
+
+def _with_columns(tensors: Mapping[str, TensorRef], names: Collection[str]) -> dict[str, TensorRef]:
+    """The tensors, of which the vectors of these names are columns: what is compared is a matrix."""
+    return {n: replace(t, shape=(*t.shape, 1)) if n in names and len(t.shape) == 1 else t for n, t in tensors.items()}
 
 
 def _refuse_strangers(case: Case) -> None:

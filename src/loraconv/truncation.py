@@ -36,7 +36,7 @@ class Wanted:
         if self.rank is not None:
             return self.rank if self.rank < len(values) else None
         assert self.error is not None
-        room = self.error * norm(values) - _rounding(values, dtype)
+        room = self.error * norm(values) - rounding(values, dtype)
         left = tails(values)
         fitting = np.flatnonzero(left <= room)
         return max(int(fitting[0]), 1) if len(fitting) and fitting[0] < len(values) else None
@@ -116,7 +116,7 @@ def tails(values: Array) -> Array:
     return root
 
 
-def _rounding(values: Array, dtype: str) -> float:
+def rounding(values: Array, dtype: str) -> float:
     """What rounding both factors once can change the delta by: each changes by a relative ``u`` of its Frobenius norm,
     ``sqrt(sum of the values)``, times the greatest singular value of the other, ``sqrt(values[0])``."""
     unit = ROUNDING[dtype]

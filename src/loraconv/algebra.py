@@ -1,0 +1,185 @@
+"""Modules that are more than a pair of factors, told by the tensors that they have: LoHa, LoKr, Tucker, full, DoRA.
+
+Every kind is a row of a table; a module has exactly one kind, or its tensors are refused. Definitions:
+KohakuBlueleaf/LyCORIS ``lycoris/modules``, huggingface/peft ``tuners/lora``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from loraconv.detect import Detected, factor_key
+from loraconv.errors import CorruptCheckpoint, FormatError
+from loraconv.lazy import Joined, Lazy, TensorRef
+from loraconv.names import FLOAT_DTYPES, fold_names, printable
+from loraconv.rules import fill
+from loraconv.source import Source
+
+_LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+_KRON_1, _KRON_2 = ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}), ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})
+
+#: Kind -> the sets of sides that a module of this kind may consist of, besides those in ``_BESIDE``.
+KINDS: Mapping[str, tuple[frozenset[str], ...]] = {
+    "LoRA": (frozenset({"down", "up"}),),
+    "LoRA with a Tucker core": (frozenset({"down", "up", "mid"}),),
+    "LoHa": (frozenset(_LOHA),),
+    "LoHa with Tucker cores": (frozenset(_LOHA | {"hada_t1", "hada_t2"}),),
+    "LoKr": tuple(frozenset(one | two) for one in _KRON_1 for two in _KRON_2),
+    "LoKr with a Tucker core": tuple(frozenset(one | _KRON_2[1] | {"lokr_t2"}) for one in _KRON_1),
+    "full": (frozenset({"diff"}),),
+    "norm": (frozenset({"w_norm"}),),
+    "bias": (frozenset(),),
+}
+_BIASES = {"diff_b", "b_norm", "bias"}
+_BESIDE = _BIASES | {"alpha", "magnitude"}
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """A module: its name in the file, the diffusers modules whose rows it has, its kind, and its tensors by side."""
+
+    module: str
+    targets: tuple[str, ...]
+    kind: str
+    tensors: Mapping[str, TensorRef]
+
+    @property
+    def has_magnitude(self) -> bool:
+        """True for a DoRA: what the sum of weight and delta is normalised to."""
+        return "magnitude" in self.tensors
+
+    @property
+    def by_column(self) -> bool:
+        """True for a DoRA whose magnitudes, (1, in), are those of the weight's columns."""
+        shape = self.tensors["magnitude"].shape
+        return len(shape) > 1 and shape[0] == 1 < shape[1]
+
+    @property
+    def columns(self) -> int:
+        """The columns of the weight of a plain pair of factors; 0 where they take a computation."""
+        return self.tensors["down"].shape[1] if "down" in self.tensors else 0
+
+    @property
+    def is_dora(self) -> bool:
+        """True for a plain pair of factors of a linear layer, with magnitudes or without."""
+        plain = self.tensors.keys() <= {"down", "up", "alpha", "magnitude"}
+        return plain and all(len(self.tensors[side].shape) == 2 for side in ("down", "up"))
+
+    @property
+    def has_vectors(self) -> bool:
+        """True if it adds to a bias, or to the weight of a norm."""
+        return bool((_BIASES | {"w_norm"}) & self.tensors.keys())
+
+    @property
+    def is_convolution(self) -> bool:
+        """True for the kernel of a convolution."""
+        return any(len(ref.shape) > 2 for ref in self.tensors.values() if ref is not self.tensors.get("magnitude"))
+
+    @property
+    def can_be_approximated(self) -> bool:
+        """True if a LoRA on a linear layer can be near to it."""
+        return not (self.has_magnitude or self.has_vectors or self.is_convolution)
+
+    @property
+    def floats(self) -> list[TensorRef]:
+        """Everything but alpha."""
+        return [ref for side, ref in self.tensors.items() if side != "alpha"]
+
+    @property
+    def what(self) -> str:
+        """The kind in words, with what stands beside it."""
+        dora = "DoRA of " if self.has_magnitude else ""
+        bias = " with bias" if self.kind != "bias" and _BIASES & self.tensors.keys() else ""
+        return "DoRA" + bias if dora and self.kind == "LoRA" else dora + self.kind + bias
+
+
+def read_specials(source: Source, detected: Detected) -> list[Special]:
+    """Every module of an adapter with its tensors, plain pairs too, in the order of the file.
+
+    Raises :class:`FormatError` (tensors of several kinds on one module) and :class:`CorruptCheckpoint` (a tensor
+    missing, spelled twice or of no floating dtype).
+    """
+    found: dict[str, dict[str, TensorRef]] = {}
+    ledger = detected.ledger
+    for name in (*ledger.factors, *ledger.more, *ledger.alphas):
+        key = factor_key(detected.dialect, name)
+        assert key is not None
+        sides, ref = found.setdefault(key.module, {}), source.tensors[name]
+        if key.side in sides or (key.side != "alpha" and ref.dtype not in FLOAT_DTYPES):
+            raise _unfit(name, "it is there twice" if key.side in sides else f"its dtype is {ref.dtype}")
+        sides[key.side] = ref
+    return [Special(module, _targets(detected, module), _kind(module, sides), sides) for module, sides in found.items()]
+
+
+def row_magnitudes(one: Special, detected: Detected) -> dict[str, Lazy]:
+    """Module (diffusers name) -> the magnitudes of its rows as a vector; those of columns (one module) as they are."""
+    if not one.has_magnitude:
+        return {}
+    tensor, found = one.tensors["magnitude"], detected.naming.find(one.module)
+    if one.by_column:
+        return dict.fromkeys(one.targets, tensor)
+    assert found is not None
+    vector = replace(tensor, shape=(prod(tensor.shape),))
+    pieces = found[0].pieces(vector.shape[0], one.columns)
+    chunk = vector.shape[0] // sum(map(len, pieces))
+    made: dict[str, Lazy] = {}
+    for module, own in zip(one.targets, pieces, strict=True):
+        rows = tuple(vector.rows(n * chunk, (n + 1) * chunk) for n in own)
+        if rows:
+            made[module] = rows[0] if len(rows) == 1 else Joined(rows, 0)
+    return made
+
+
+def specials_in(source: Source, detected: Detected) -> list[Special]:
+    """Every module, where some are more than a pair of factors of a linear layer; else none. Raises as above."""
+    factors = (source.tensors[name] for name in detected.ledger.factors)
+    if detected.ledger.more or any(len(ref.shape) > 2 for ref in factors):
+        return read_specials(source, detected)
+    return []
+
+
+def count_kinds(specials: Iterable[Special]) -> dict[str, int]:
+    """The number of modules of each kind."""
+    counts: dict[str, int] = {}
+    for one in specials:
+        counts[one.what] = counts.get(one.what, 0) + 1
+    return counts
+
+
+def in_words(specials: Iterable[Special]) -> str:
+    """The kinds and the number of modules of each, for people."""
+    return ", ".join(f"{count} {what}" for what, count in count_kinds(specials).items())
+
+
+def _targets(detected: Detected, module: str) -> tuple[str, ...]:
+    found = detected.naming.find(module)
+    assert found is not None
+    rule, fields = found
+    return tuple(fill(template, fields) for template in rule.targets)
+
+
+def _kind(module: str, sides: Mapping[str, TensorRef]) -> str:
+    own = frozenset(sides) - _BESIDE
+    kind = next((kind for kind, ways in KINDS.items() if own in ways), None)
+    if kind is not None and (own or _BIASES & sides.keys()):
+        return kind
+    begun = [kind for kind, ways in KINDS.items() if own and any(own < way for way in ways)]
+    if begun or not own:
+        raise _unfit(module, f"of {begun[0]} it has only {', '.join(sorted(own))}" if begun else "it has no factors")
+    raise FormatError(
+        f"the tensors of {printable(module)} are those of no known kind of adapter",
+        why=f"it has {', '.join(sorted(own))}",
+        hint="loraconv inspect FILE --verbose",
+        slug="not-plain-lora",
+    )
+
+
+def _unfit(name: str, why: str) -> CorruptCheckpoint:
+    return CorruptCheckpoint(
+        f"the adapter is not whole: {'; '.join(fold_names([name]))}",
+        why=why,
+        hint="save the adapter again, or copy it again from where it was trained",
+        slug="factor-missing",
+    )

@@ -1,0 +1,159 @@
+"""What LoHa, LoKr and full differences add, as products of two matrices without a rounding.
+
+A product of two float32 numbers fits into a float64, so the factors of a LoHa or LoKr, multiplied each with each, are
+exact, and a fusion can round the sum of weight and delta once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from loraconv.adapter import Adapter, Factor, natural, read_adapter, refuse_rest
+from loraconv.algebra import Special, in_words, row_magnitudes
+from loraconv.detect import Detected
+from loraconv.errors import FormatError
+from loraconv.lazy import InMemory, TensorRef, encode, read
+from loraconv.names import fold_names
+from loraconv.scale import ALPHA_TENSORS, Scale, alpha_in
+from loraconv.source import Source
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+
+def product(one: Special) -> tuple[Array, Array]:
+    """``(up, down)`` in float64 whose product is the delta of a linear layer, not scaled."""
+    import numpy as np
+
+    if one.kind == "LoHa":
+        w1a, w1b, w2a, w2b = (read(one.tensors[f"hada_{side}"]) for side in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        up = np.einsum("oi,oj->oij", w1a, w2a).reshape(len(w1a), -1)
+        return up, np.einsum("in,jn->ijn", w1b, w2b).reshape(-1, w1b.shape[1])
+    if one.kind == "LoKr":
+        (left, right), (other_left, other_right) = (_two(one, side) for side in ("lokr_w1", "lokr_w2"))
+        return np.kron(left, other_left), np.kron(right, other_right)
+    if one.kind == "full":
+        return _with_identity(read(one.tensors["diff"]))
+    return read(one.tensors["up"]), read(one.tensors["down"])
+
+
+def _two(one: Special, side: str) -> tuple[Array, Array]:
+    """A part of a LoKr as two factors."""
+    if side in one.tensors:
+        return _with_identity(read(one.tensors[side]))
+    return read(one.tensors[f"{side}_a"]), read(one.tensors[f"{side}_b"])
+
+
+def _with_identity(matrix: Array) -> tuple[Array, Array]:
+    import numpy as np
+
+    rows, columns = matrix.shape
+    return (np.eye(rows), matrix) if rows < columns else (matrix, np.eye(columns))
+
+
+def parts(one: Special, detected: Detected) -> Iterator[tuple[str, Array, Array]]:
+    """The diffusers modules whose rows a module has, and the two matrices of each."""
+    import numpy as np
+
+    found = detected.naming.find(one.module)
+    assert found is not None
+    up, down = product(one)
+    pieces = found[0].pieces(up.shape[0], down.shape[1])
+    chunks = np.split(up, sum(map(len, pieces)))
+    for module, own in zip(one.targets, pieces, strict=True):
+        if own:
+            yield module, np.concatenate([chunks[n] for n in own]), down
+
+
+def scale_of(one: Special, alpha: Fraction | None) -> Scale:
+    """``alpha / rank``, as LyCORIS stores alpha; 1 for a full difference and for a LoKr of two whole matrices."""
+    named = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+    factor = next((one.tensors[side] for side in named if side in one.tensors), None)
+    if factor is None:
+        return Scale(Fraction(1), 1, "it has none")
+    rank = factor.shape[0]
+    if alpha is not None:
+        return Scale(alpha, rank, "--alpha")
+    if "alpha" in one.tensors:
+        return Scale(alpha_in(one.tensors["alpha"]), rank, ALPHA_TENSORS)
+    return Scale(Fraction(rank), rank, "no alpha")
+
+
+def read_products(
+    source: Source, detected: Detected, specials: Sequence[Special], *, alpha: Fraction | None, strict: bool
+) -> Adapter:
+    """The adapter as exact products in F64; what it adds to a bias is a module of the bias' own name.
+
+    Raises :class:`FormatError` for convolutions and norms.
+    """
+    refuse_rest(source, detected)
+    wrong = [one for one in specials if one.is_convolution or one.kind == "norm" or _splits_columns(one)]
+    if wrong:
+        raise FormatError(
+            f"this cannot be fused: {in_words(wrong)}",
+            where="; ".join(fold_names(one.module for one in wrong)[:4]),
+            why="only linear layers are fused, and magnitudes of columns only to the weight they were trained on",
+            hint="loraconv convert ADAPTER -o OUT --to comfyui",
+            slug="not-plain-lora",
+        )
+    pairs = [one for one in specials if one.kind == "LoRA"]
+    plain = {f.module: f for f in read_plain(source, detected, pairs, alpha=alpha, strict=strict).factors}
+    factors = [factor for one in specials for factor in _factors(one, detected, plain, alpha)]
+    return Adapter(tuple(sorted(factors, key=lambda factor: natural(factor.module))))
+
+
+def read_plain(
+    source: Source, detected: Detected, pairs: Sequence[Special], *, alpha: Fraction | None, strict: bool
+) -> Adapter:
+    """The factors of these modules, which are pairs, as if nothing stood beside them; raises what reading them does."""
+    if not pairs:
+        return Adapter(())
+    own = {t.name for one in pairs for side, t in one.tensors.items() if side in ("down", "up", "alpha")}
+    tensors = {name: ref for name, ref in source.tensors.items() if name in own}
+    config = None if source.config is None else {**source.config, "use_dora": False, "lora_bias": False}
+    factors, alphas = ([n for n in names if n in own] for names in (detected.ledger.factors, detected.ledger.alphas))
+    ledger = replace(detected.ledger, factors=factors, alphas=alphas, more=[])
+    alone = replace(source, ranks=[tensors], config=config)
+    return read_adapter(alone, replace(detected, ledger=ledger), alpha=alpha, strict=strict)
+
+
+def _splits_columns(one: Special) -> bool:
+    return one.has_magnitude and one.by_column and len(one.targets) > 1
+
+
+def _factors(one: Special, detected: Detected, plain: Mapping[str, Factor], alpha: Fraction | None) -> Iterator[Factor]:
+    magnitudes = row_magnitudes(one, detected)
+    if one.kind == "LoRA":
+        made = [plain[target] for target in one.targets if target in plain]
+    elif one.kind == "bias":
+        made = []
+    else:
+        scale = scale_of(one, alpha)
+        made = [Factor(m, _held(down), _held(up), scale) for m, up, down in parts(one, detected)]
+    yield from (replace(factor, magnitude=magnitudes.get(factor.module)) for factor in made)
+    vector = one.tensors.get("diff_b", one.tensors.get("bias"))
+    if vector is not None:
+        # peft's LoRA bias is scaled as its product is; a difference is not.
+        scale = made[0].scale if "bias" in one.tensors else Scale(Fraction(1), 1, "it has none")
+        yield _bias(one, vector, scale)
+
+
+def _bias(one: Special, vector: TensorRef, scale: Scale) -> Factor:
+    import numpy as np
+
+    if len(one.targets) > 1:
+        raise FormatError(
+            f"the bias of a module that is several in diffusers is not fused: {fold_names([one.module])[0]}",
+            hint="loraconv convert ADAPTER -o OUT --to comfyui",
+            slug="not-plain-lora",
+        )
+    return Factor(f"{one.targets[0]}.bias", _held(np.ones((1, 1))), _held(read(vector)[:, None]), scale)
+
+
+def _held(array: Array) -> InMemory:
+    return InMemory(encode(array, "F64"), "F64", tuple(array.shape))

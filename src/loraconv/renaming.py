@@ -1,0 +1,155 @@
+"""Adapters that are no plain LoRA in a format that holds the same tensors: every byte under the target's names.
+
+DoRA alone has two spellings: ``dora_scale``, a column, in kohya's and ComfyUI's files, and peft's
+``lora_magnitude_vector``; between them the factors go the way of every LoRA, and the magnitudes beside them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+from loraconv.algebra import Special, row_magnitudes
+from loraconv.detect import FAMILY_KEY, Detected
+from loraconv.errors import FormatError
+from loraconv.lazy import Joined, Lazy, Rows, Viewed
+from loraconv.names import fold_names
+from loraconv.naming import Naming
+from loraconv.plan import Output, Plan, PlannedFile, ScaleIn, plan_adapter, proof_claim
+from loraconv.products import read_plain
+from loraconv.rules import Dialect, Rule, fill
+from loraconv.source import Source
+from loraconv.written import family_for, naming_for
+
+
+def plan_renamed(source: Source, detected: Detected, specials: Sequence[Special], target: Dialect) -> Plan | None:
+    """Every tensor as it is, under the names of ``target``; None where that has no names for some kind of tensor or
+    writes a module as several, or where one of the two keeps alpha elsewhere.
+
+    Raises :class:`FormatError` (a format that is only read, names, several families)."""
+    sides = {side for one in specials for side in one.tensors} - {"down", "up", "alpha"}
+    modules = [module for one in specials for module in one.targets]
+    family = family_for(modules, target, (detected.family, *detected.alike))
+    naming = naming_for(target, family)
+    if not (detected.dialect.alpha and target.alpha) or not sides <= set(target.more.values()):
+        return None
+    outputs: list[Output] = []
+    for one in specials:
+        name = _name(one, detected, naming)
+        if name is None:
+            return None
+        outputs += [Output(_spelled(target, name, side), tensor, "copied") for side, tensor in one.tensors.items()]
+    metadata = {"format": "pt", **_kept(source), **proof_claim(outputs)}
+    if not detected.alike:
+        metadata[FAMILY_KEY] = family.name
+    return Plan(target, (PlannedFile(target.file, tuple(outputs), metadata),), {}, (), ())
+
+
+def _kept(source: Source) -> dict[str, str]:
+    """What trainers write about themselves; kohya's loaders take alpha and its meaning from it."""
+    return {key: value for key, value in source.metadata.items() if key.startswith("ss_")}
+
+
+def _name(one: Special, detected: Detected, naming: Naming) -> str | None:
+    """The name of the module in the target's file; None where its rows are divided otherwise there."""
+    found = detected.naming.find(one.module)
+    assert found is not None
+    written = {w[0]: w[1] for target in one.targets if (w := naming.write(target)) is not None}
+    if len(written) != 1:
+        return None
+    name, rule = next(iter(written.items()))
+    return name if rule.targets == found[0].targets or len(rule.targets) == len(one.targets) == 1 else None
+
+
+def _spelled(target: Dialect, module: str, side: str) -> str:
+    own = {"down": target.down, "up": target.up, "alpha": target.alpha}
+    if side in own:
+        return fill(own[side], {"module": module})
+    return f"{module}.{next(end for end, what in target.more.items() if what == side)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DoRA from one spelling to the other
+
+
+def plan_dora(
+    source: Source,
+    detected: Detected,
+    specials: Sequence[Special],
+    target: Dialect,
+    *,
+    alpha: Fraction | None,
+    strict: bool,
+    scale_in: ScaleIn,
+) -> Plan:
+    """The factors as those of any LoRA, and the magnitudes of the weights' rows beside them.
+
+    Raises :class:`FormatError` where the target has no magnitudes, or none of columns.
+    """
+    _refuse_columns(specials, target)
+    magnitudes = {m: vector for one in specials for m, vector in row_magnitudes(one, detected).items()}
+    adapter = read_plain(source, detected, specials, alpha=alpha, strict=strict)
+    plan = plan_adapter(adapter, target, detected.family, alike=detected.alike, scale_in=scale_in)
+    family = family_for([f.module for f in adapter.factors], target, (detected.family, *detected.alike))
+    columns = {f.module: f.down.shape[1] for f in adapter.factors}
+    outputs = _written(magnitudes, columns, naming_for(target, family), target)
+    file = replace(plan.files[0], outputs=(*plan.files[0].outputs, *outputs))
+    file = replace(file, metadata={**file.metadata, **proof_claim(file.outputs)})
+    texts = {n: _with_dora(t, target) if n == target.sidecar else t for n, t in plan.texts.items()}
+    return replace(plan, files=(file,), texts=texts)
+
+
+def _refuse_columns(specials: Sequence[Special], target: Dialect) -> None:
+    by_column = [o.module for o in specials if o.has_magnitude and o.by_column]
+    if by_column and target.dora_at:
+        raise FormatError(
+            f"{target.name} cannot carry this DoRA: its magnitudes are those of the weight's columns",
+            where="; ".join(fold_names(by_column)[:4]),
+            why="it was trained with wd_on_out=False, and peft's DoRA normalises rows",
+            hint="loraconv convert ADAPTER -o OUT --to comfyui",
+            slug="cannot-carry",
+        )
+
+
+def _written(
+    magnitudes: Mapping[str, Lazy], columns: Mapping[str, int], naming: Naming, target: Dialect
+) -> list[Output]:
+    grouped: dict[str, tuple[Rule, dict[int, str]]] = {}
+    for module in magnitudes:
+        found = naming.write(module)
+        assert found is not None  # its factors are written under that name
+        grouped.setdefault(found[0], (found[1], {}))[1][found[2]] = module
+    made = []
+    for name, (rule, parts) in grouped.items():
+        vector = _fused(name, rule, {n: magnitudes[m] for n, m in parts.items()}, columns[next(iter(parts.values()))])
+        shape = vector.shape if target.dora_at else (*vector.shape, 1)
+        tensor = vector if shape == vector.shape else Viewed(vector, shape)
+        made.append(Output(_spelled(target, name, "magnitude"), tensor, "copied"))
+    return made
+
+
+def _fused(name: str, rule: Rule, parts: Mapping[int, Lazy], columns: int) -> Lazy:
+    """The magnitudes of a module whose rows are several modules."""
+    first = next(iter(parts.values()))
+    pieces = rule.pieces(first.shape[0], columns)
+    if pieces == ((0,),):
+        return first
+    if set(parts) != {n for n, own in enumerate(pieces) if own}:
+        raise FormatError(
+            f"{name} cannot carry this DoRA: a part of the module has magnitudes and another has none",
+            why="a row without one would be normalised too",
+            hint="convert to peft instead: --to peft",
+            slug="cannot-carry",
+        )
+    rows: dict[int, Lazy] = {}
+    for number, vector in parts.items():
+        chunk = vector.shape[0] // len(pieces[number])
+        rows |= {own: Rows(vector, nth * chunk, (nth + 1) * chunk) for nth, own in enumerate(pieces[number])}
+    return Joined(tuple(rows[n] for n in sorted(rows)), 0)
+
+
+def _with_dora(text: str, target: Dialect) -> str:
+    """The settings file of a DoRA."""
+    return json.dumps({**json.loads(text), target.dora_at: True}, indent=2, sort_keys=True) + "\n"
