@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
+from loraconv.accounting import Aside, aside_notices, with_kept
 from loraconv.adapter import Adapter, read_adapter
 from loraconv.base import bare_tensors, read_base
 from loraconv.detect import Detected
@@ -21,6 +22,7 @@ from loraconv.plan_base import plan_base
 from loraconv.registry import dialect
 from loraconv.scale import given_alpha
 from loraconv.source import Source
+from loraconv.verifier.aside import SetAside
 from loraconv.verifier.oracles import rank_distances
 from loraconv.watch import Watch
 
@@ -61,10 +63,15 @@ class Job:
     check: Callable[[Watch], dict[str, str]] | None = None
 
 
-def adapter_job(source: Source, detected: Detected, to: str, options: Options) -> tuple[Job, list[str]]:
+def adapter_job(
+    source: Source, detected: Detected, to: str, options: Options, aside: Aside | None = None
+) -> tuple[Job, list[str]]:
+    """The adapter's part; ``source`` and ``detected`` are without what is ``aside``."""
+    aside = aside or Aside()
     alpha = options.exact_alpha
     adapter = read_adapter(source, detected, alpha=alpha, strict=options.strict, nearest=options.nearest)
     notices = _health_notices(source, adapter, options) + left_behind(source, detected) + nearest_notices(source)
+    notices += aside_notices(aside)
     target = dialect(to)
     plan = plan_adapter(
         adapter,
@@ -75,11 +82,12 @@ def adapter_job(source: Source, detected: Detected, to: str, options: Options) -
         scale_in=options.scale_in,
     )
     proof = {
+        "aside": SetAside(aside.dropped, tuple(aside.kept)),
         "alpha": alpha,
         "every_consumer": not target.every_consumer_reads_alpha and folds(adapter.factors, target, options.scale_in),
         "dtype": options.dtype_name,
     }
-    return Job(plan, "", proof), notices
+    return Job(with_kept(plan, aside.kept), "", proof), notices
 
 
 def _health_notices(source: Source, adapter: Adapter, options: Options) -> list[str]:

@@ -107,11 +107,8 @@ class Naming:
 
     def names(self) -> list[str]:
         """Every name that the dialect has for modules of the first layer, to show what is near an unknown one."""
-        found = []
-        for rule in _rules(self.family, self._spelling):
-            there = fill(rule.there, dict.fromkeys("ijkl", "0"))
-            found += [self.prefix + there.replace(".", self.dialect.separator)]
-        return found
+        first = [fill(rule.targets[0], dict.fromkeys("ijkl", "0")) for rule in _rules(self.family, self._spelling)]
+        return [found[0] for module in first if (found := self.write(module)) is not None]
 
 
 def components(family: Family) -> tuple[str, ...]:

@@ -121,6 +121,8 @@ def sat2diffusers(as_json: bool, quiet: bool, debug: bool, **options: Any) -> No
 @click.option("-o", "--out", required=True, help="The folder to write.")
 @click.option("--to", required=True, metavar="FORMAT", help="diffusers, peft, kohya ... (see `loraconv formats`).")
 @click.option("--family", metavar="MODEL", help="The model's family, where the adapter's names fit several.")
+@click.option("--drop", multiple=True, default=(), metavar="PATTERN", help="Leave keys behind: 'lora_te*'.")
+@click.option("--keep-unknown", is_flag=True, help="Copy tensors that no rule knows, under their own names.")
 @_conversion_options
 @_output_options
 def convert(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 from loraconv.errors import UsageError
 from loraconv.fusion.adapters import split_strength
-from loraconv.fusion.patterns import choose
 from loraconv.model_folder import Model, open_model
 from loraconv.names import DTYPE_WORDS, printable
+from loraconv.patterns import choose
 from loraconv.source import open_source
 from loraconv.verification.adapters import adapter_pairs
 from loraconv.verification.result import VerifyResult, number

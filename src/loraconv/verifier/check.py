@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -17,6 +17,7 @@ from loraconv.io.torch_read import read_torch, sniff
 from loraconv.lazy import TensorRef
 from loraconv.names import printable
 from loraconv.verifier.adapter import prove_adapter
+from loraconv.verifier.aside import SetAside, check_aside
 from loraconv.verifier.base import prove_base
 from loraconv.verifier.dtypes import expected_dtypes
 from loraconv.verifier.loadable import SETTINGS_FILES, adapter_file, check_base_files, check_torch, check_written
@@ -44,13 +45,15 @@ def prove_written(
     settings_file: str = "",
     alpha: Fraction | None = None,
     every_consumer: bool = False,
+    aside: SetAside | None = None,
     dtype: str | None = None,
     opener: Callable[[Path], InputFile] = InputFile,
 ) -> Proof:
     """The proof of the output of format ``kind`` (the name of a dialect, or ``base``) in ``folder``.
 
     ``alpha`` and ``dtype`` are the user's own, if any. ``every_consumer`` demands that the strength is the same where
-    the header is not read. ``settings_file`` is the settings file of a format that is not loraconv's own. ``opener``
+    the header is not read. ``aside`` are the keys of the source that are no part of the adapter, by the user's wish.
+    ``settings_file`` is the settings file of a format that is not loraconv's own. ``opener``
     opens the weights of a base, which may still be being written.
 
     Raises :class:`ProofFailed` where the output cannot be read or compared at all, :class:`FormatError` where no oracle
@@ -61,11 +64,14 @@ def prove_written(
             check_base_files(folder, files)
             opened = {name: stack.enter_context(opener(folder / name)) for name in files}
             return _prove_base(folder, opened, source, dtype)
-        written = read_adapter_files(folder, kind, files, settings_file, stack)
-        pairs = pairs_of(source_kind, list(source.ranks), source.metadata, source.config, alpha)
+        aside = aside or SetAside()
+        written = read_adapter_files(folder, kind, files, settings_file, stack, aside.kept)
+        ranks: list[Mapping[str, TensorRef]] = [aside.rest(tensors) for tensors in source.ranks]
+        pairs = pairs_of(source_kind, ranks, source.metadata, source.config, alpha)
         earlier = source_record(source.metadata, source.config)
         dtypes = expected_dtypes(pairs, written.pairs, dtype, recorded_dtypes(earlier))
         proof = prove_adapter(Expectation(pairs, dtypes), written.pairs, scale_ignored=every_consumer)
+        proof = replace(proof, checks=(*proof.checks, *check_aside(aside, source.ranks[0], written.kept)))
         if source_kind != "sat" or kind not in ORACLES:
             return proof
         told = record(written.metadata, written.settings)
@@ -74,15 +80,20 @@ def prove_written(
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """An adapter that was written: what the format says that it is, its header and its settings file."""
+    """An adapter that was written: what the format says that it is, its header, its settings file, and the tensors in
+    its file that are no part of it."""
 
     pairs: Mapping[str, Pair]
     metadata: Mapping[str, str]
     settings: Mapping[str, Any] | None
+    kept: Mapping[str, TensorRef]
 
 
-def read_adapter_files(folder: Path, kind: str, files: Sequence[str], settings_file: str, stack: ExitStack) -> Written:
-    """The adapter of format ``kind`` that was written into ``folder``; ``stack`` closes its file.
+def read_adapter_files(
+    folder: Path, kind: str, files: Sequence[str], settings_file: str, stack: ExitStack, kept: Collection[str] = ()
+) -> Written:
+    """The adapter of format ``kind`` that was written into ``folder``; ``stack`` closes its file. ``kept`` are the
+    names in it that are no part of the adapter.
 
     Raises :class:`ProofFailed` where a consumer would not load it, and whatever a file that cannot be read raises:
     call it inside of :func:`as_failure`.
@@ -90,10 +101,11 @@ def read_adapter_files(folder: Path, kind: str, files: Sequence[str], settings_f
     name = adapter_file(kind, folder, files)
     file = stack.enter_context(InputFile(folder / name))
     tensors, metadata = _safetensors(file) if _is_safetensors(file, kind) else _torch(file, kind)
+    beside = {name: tensors.pop(name) for name in kept if name in tensors}
     settings = _settings(folder, SETTINGS_FILES.get(kind, "" if kind in ORACLES else settings_file))
     if kind in ORACLES:
         check_written(kind, tensors, metadata, settings)
-    return Written(pairs_of(kind, [tensors], metadata, settings, None), metadata, settings)
+    return Written(pairs_of(kind, [tensors], metadata, settings, None), metadata, settings, beside)
 
 
 def _origin(
