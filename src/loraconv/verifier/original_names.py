@@ -185,13 +185,15 @@ _MODELS: tuple[_Rules, ...] = (_FLUX, _HUNYUAN_VIDEO, _WAN, _LTX, _MOCHI, _SD3)
 # fmt: off
 _WORDS = (
     "add_embedding", "add_k_proj", "add_q_proj", "add_v_proj", "caption_proj", "caption_projection",
-    "condition_embedder", "context_embedder", "conv_in", "conv_out", "down_blocks", "ff_context", "guidance_embedder",
-    "image_embedder", "img_in", "img_mlp", "img_mod", "k_proj", "linear_1", "linear_2", "mid_block", "norm1_context",
-    "norm_k", "norm_out", "norm_q", "ofs_embedding", "out_proj", "patch_embed", "patch_embedding", "pos_embed",
-    "proj_in", "proj_mlp", "proj_out", "q_proj", "refiner_blocks", "self_attn", "single_transformer_blocks",
-    "text_embedder", "text_model", "text_proj", "text_projection", "time_embed", "time_embedder", "time_embedding",
-    "time_proj", "time_text_embed", "timestep_embedder", "to_add_out", "to_k", "to_kv", "to_out", "to_q", "to_v",
-    "token_refiner", "transformer_blocks", "txt_in", "txt_mlp", "txt_mod", "up_blocks", "v_proj", "x_embedder",
+    "condition_embedder", "context_embedder", "conv_in", "conv_out", "conv_shortcut", "down_blocks", "ff_context",
+    "guidance_embedder", "image_embedder", "img_in", "img_mlp", "img_mod", "k_proj", "linear_1", "linear_2",
+    "mid_block", "norm1_context", "norm_k", "norm_out", "norm_q", "ofs_embedding", "out_proj", "patch_embed",
+    "patch_embedding", "pos_embed", "position_embedding", "proj_in", "proj_mlp", "proj_out", "q_proj",
+    "refiner_blocks", "self_attn", "single_transformer_blocks", "text_embedder", "text_model", "text_proj",
+    "text_projection", "time_emb_proj", "time_embed", "time_embedder", "time_embedding", "time_proj",
+    "time_text_embed", "timestep_embedder", "to_add_out", "to_k", "to_kv", "to_out", "to_q", "to_v",
+    "token_embedding", "token_refiner", "transformer_blocks", "txt_in", "txt_mlp", "txt_mod", "up_blocks", "v_proj",
+    "x_embedder",
 )
 # fmt: on
 _STEP = re.compile("(" + "|".join(sorted(_WORDS, key=len, reverse=True)) + "|[^_]+)(?:_|$)")
