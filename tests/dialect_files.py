@@ -154,7 +154,8 @@ MODELS: dict[str, tuple[Module, ...]] = {
 @dataclass(frozen=True)
 class Format:
     """How a dialect's file is written. ``alpha`` says where it stands: tensor, header, settings, or nowhere.
-    ``components`` is what stands before the names of a pipeline's UNet and text encoders, if the dialect has them."""
+    ``components`` is what stands before the names of a pipeline's UNet and text encoders, if the dialect has them;
+    ``models`` are those that it is for, none for any."""
 
     file: str
     prefix: str
@@ -166,6 +167,7 @@ class Format:
     header: Callable[[list[str]], dict[str, str]] = lambda modules: {}
     settings: Mapping[str, object] = field(default_factory=dict)
     components: Mapping[str, str] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
 
 
 PIPELINE = ("unet", "text_encoder", "text_encoder_2")
@@ -227,6 +229,7 @@ FORMATS: dict[str, Format] = {
         settings={**_PEFT, "lora_alpha": RANK},
     ),
     "finetrainers": Format(_FILE, "transformer.", *_AB, alpha="header", header=_lora_config),
+    "genmo": Format("genmo_lora.safetensors", "", ".lora_A", ".lora_B", original=True, models=("mochi",)),
     "kohya": Format(
         "kohya_lora.safetensors",
         "lora_unet_",
@@ -239,9 +242,18 @@ FORMATS: dict[str, Format] = {
     "onetrainer": Format("onetrainer_lora.safetensors", "lora_transformer_", *_DOWN_UP, flat=True, alpha="tensor"),
     "peft": Format("adapter_model.safetensors", "base_model.model.", *_AB, alpha="settings", settings=_PEFT),
     "simpletuner": Format(_FILE, "transformer.base_model.model.", *_AB, components=_DOUBLED),
+    "tencent": Format(
+        "tencent_lora.safetensors",
+        "Hunyuan_video_I2V_lora_",
+        *_DOWN_UP,
+        original=True,
+        flat=True,
+        alpha="tensor",
+        models=("hunyuan-video",),
+    ),
     "videox-fun": Format("videox_fun_lora.safetensors", "lora_unet__", *_DOWN_UP, flat=True, alpha="tensor"),
 }
-READ_ONLY = {"ai-toolkit", "diffusers-old", "diffusion-pipe", "finetrainers", "simpletuner"}
+READ_ONLY = {"ai-toolkit", "diffusers-old", "diffusion-pipe", "finetrainers", "genmo", "simpletuner", "tencent"}
 
 
 def written_modules(model: str, form: Format) -> list[Module]:
@@ -260,6 +272,8 @@ def key(form: Format, module: str, end: str) -> str:
 
 def has(form: Format, model: str) -> bool:
     """True if the format has names for all of the model's modules."""
+    if form.models:
+        return model in form.models
     return model != "sdxl" or bool(form.components)
 
 

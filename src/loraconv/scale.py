@@ -231,6 +231,7 @@ def _sidecar_claims(source: Source, detected: Detected) -> list[Teller]:
     dialect, config = detected.dialect, source.config
     if config is None or source.config_path is None or not dialect.alpha_at:
         return []
+    _refuse_other_names(source, detected)
     paths = {
         "lora_alpha": dialect.alpha_at,
         "r": dialect.rank_at,
@@ -239,6 +240,19 @@ def _sidecar_claims(source: Source, detected: Detected) -> list[Teller]:
         "use_rslora": dialect.rslora_at,
     }
     return [_place(source.config_path.name, {key: at(config, path) for key, path in paths.items() if path})]
+
+
+def _refuse_other_names(source: Source, detected: Detected) -> None:
+    """Patterns match the names that modules had in training, and a module's alpha is looked up by diffusers' name."""
+    dialect = detected.dialect
+    patterns = [at(source.config, path) for path in (dialect.alpha_pattern_at, dialect.rank_pattern_at) if path]
+    if detected.naming.spelling is not None and any(patterns):
+        raise FormatError(
+            "the adapter's settings give single modules another rank or alpha, by names that are not diffusers' own",
+            where=printable(str(source.config_path)),
+            hint="if one alpha is right for all, move the settings away and pass --alpha A",
+            slug="pattern",
+        )
 
 
 def _header_claims(source: Source, detected: Detected) -> list[Teller]:

@@ -15,7 +15,7 @@ from loraconv.errors import ProofFailed
 from loraconv.lazy import Joined, Lazy, TensorRef, number, read
 from loraconv.names import printable
 from loraconv.verifier.numbers import Pair
-from loraconv.verifier.original_names import Share, here
+from loraconv.verifier.original_names import Share, here, of_original
 from loraconv.verifier.pipeline_names import of_pipeline
 
 Tensors = Mapping[str, TensorRef]
@@ -98,6 +98,43 @@ def diffusers_old_pairs(
         renamed[module] = ref
     parts = {f"{component}.": component for component in _COMPONENTS}
     return _pairs(renamed, ("transformer.", ""), alpha, None, original=False, components=parts)
+
+
+def genmo_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """Genmo: ComfyUI's rule without alpha tensors, that is scale 1; no prefix."""
+    return _pairs(ranks[0], ("",), alpha, None, original=True)
+
+
+def tencent_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """Tencent's HunyuanVideo-I2V: kohya's rule."""
+    return _pairs(ranks[0], ("Hunyuan_video_I2V_lora_",), alpha, None, original=True)
+
+
+def xlabs_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """XLabs: scale 1; ``processor.qkv_lora1`` is the LoRA of the image's q, k and v, ``2`` that of the text's."""
+    named = {re.sub(r"\.(down|up)\.weight$", r".lora_\1.weight", name): ref for name, ref in ranks[0].items()}
+    return _pairs(named, ("diffusion_model.", ""), alpha, None, original=True)
+
+
+def of_original_names(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+    """The pairs by diffusers name, where all names are those of one model's own repository; else as they are."""
+    shares = of_original(list(pairs))
+    if shares is None:
+        return dict(pairs)
+    made: dict[str, Pair] = {}
+    for pair, parts in zip(pairs.values(), shares, strict=True):
+        assert isinstance(pair.down, TensorRef)
+        assert isinstance(pair.up, TensorRef)
+        # alpha belongs to the whole pair: any number will do, for the scale is the pair's own
+        found = _split(pair.down, pair.up, Fraction(1), parts, alpha_of_block=False)
+        made |= {module: Pair(part.down, part.up, pair.scale) for module, part in found}
+    return made
 
 
 def _pairs(

@@ -177,7 +177,7 @@ def peft_pairs(
     """peft: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``; both patterns are by module name."""
     pairs = _peft_like(ranks[0], ("base_model.model.",), settings or {}, alpha)
     of_unet = of_pipeline(list(pairs), {"": "unet"})
-    return dict(zip(of_unet, pairs.values(), strict=True)) if of_unet else pairs
+    return dict(zip(of_unet, pairs.values(), strict=True)) if of_unet else file_oracles.of_original_names(pairs)
 
 
 #: In memory the adapter's own name stands in the key; trainers that dump their state leave it there.
@@ -245,12 +245,15 @@ ORACLES: dict[str, Oracle] = {
     "diffusers-old": file_oracles.diffusers_old_pairs,
     "diffusion-pipe": file_oracles.diffusion_pipe_pairs,
     "finetrainers": diffusers_pairs,
+    "genmo": file_oracles.genmo_pairs,
     "kohya": file_oracles.kohya_pairs,
     "onetrainer": file_oracles.onetrainer_pairs,
     "peft": peft_pairs,
     "sat": sat_pairs,
     "simpletuner": file_oracles.simpletuner_pairs,
+    "tencent": file_oracles.tencent_pairs,
     "videox-fun": file_oracles.videox_fun_pairs,
+    "xlabs": file_oracles.xlabs_pairs,
 }
 _GROUP = "loraconv.oracles"
 

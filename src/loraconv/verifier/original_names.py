@@ -179,7 +179,17 @@ _SD3: _Rules = {
     "final_layer_linear": "proj_out",
 }
 
-_MODELS: tuple[_Rules, ...] = (_FLUX, _HUNYUAN_VIDEO, _WAN, _LTX, _MOCHI, _SD3)
+#: XLabs' layers in FLUX's attention processors.
+_XLABS: _Rules = {
+    r"double_blocks_(\d+)_processor_qkv_lora1": [rf"transformer_blocks.\1.attn.{m}" for m in _QKV],
+    r"double_blocks_(\d+)_processor_qkv_lora2": [rf"transformer_blocks.\1.attn.{m}" for m in _ADDED],
+    r"double_blocks_(\d+)_processor_proj_lora1": r"transformer_blocks.\1.attn.to_out.0",
+    r"double_blocks_(\d+)_processor_proj_lora2": r"transformer_blocks.\1.attn.to_add_out",
+    r"single_blocks_(\d+)_processor_qkv_lora": [rf"single_transformer_blocks.\1.attn.{m}" for m in _QKV],
+    r"single_blocks_(\d+)_processor_proj_lora": r"single_transformer_blocks.\1.proj_out",
+}
+
+_MODELS: tuple[_Rules, ...] = (_FLUX, _XLABS, _HUNYUAN_VIDEO, _WAN, _LTX, _MOCHI, _SD3)
 
 #: The words of diffusers' module names that have underscores in them; whatever stands between is one step.
 # fmt: off
@@ -205,12 +215,18 @@ def here(names: Sequence[str], *, original: bool) -> list[list[Share]]:
     With ``original`` the names are tried as those of each model's own repository, all of them of one model, and after
     that as diffusers' own.
     """
+    found = of_original(names) if original else None
+    return found or [[Share(regrouped(name.replace(".", "_")))] for name in names]
+
+
+def of_original(names: Sequence[str]) -> list[list[Share]] | None:
+    """What :func:`here` says of names that are all of one model's own repository; None if they are not."""
     flat = [name.replace(".", "_") for name in names]
-    for rules in _MODELS if original else ():
+    for rules in _MODELS:
         found = [_by_rules(rules, name) for name in flat]
         if all(found):
             return found
-    return [[Share(regrouped(name))] for name in flat]
+    return None
 
 
 def regrouped(flat: str) -> str:
