@@ -20,6 +20,7 @@ from loraconv.rules import Dialect, Family
 _GROUP = "loraconv.formats"
 _TABLES = {
     "loraconv.converters.sat":                  "SAT",
+    "loraconv.converters.sat_lora":             "SAT_LORA",
     "loraconv.converters.diffusers":            "DIFFUSERS",
     "loraconv.converters.peft":                 "PEFT",
     "loraconv.converters.ai_toolkit":          "AI_TOOLKIT",

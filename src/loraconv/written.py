@@ -47,7 +47,7 @@ def write_pairs(factors: Sequence[Factor], target: Dialect, family: Family) -> l
         grouped.setdefault(written, (rule, {}))[1][part] = factor
     made: list[Written] = []
     for module, (rule, parts) in grouped.items():
-        if "{part}" in target.down:
+        if target.by_part:
             made += [Written(module, str(part), f.down, f.up, f.scale) for part, f in parts.items()]
         else:
             made.append(_fused(module, rule, parts))

@@ -54,9 +54,28 @@ def sat_pairs(
     return pairs
 
 
+_OLD_SAT_FACTOR = re.compile(r"model\.diffusion_model\.mixins\.[^.]+\.lora_linear\.(\d+)\.([QKVO])_([AB])")
+
+
+def sat_lora_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """SAT's older mixin: ``lora_alpha / r * B @ A`` for q, k, v and the output projection, on one rank."""
+    told = _sat_alpha(settings) if alpha is None else alpha
+    sides: dict[str, dict[str, TensorRef]] = {}
+    for name, ref in ranks[0].items():
+        found = _OLD_SAT_FACTOR.fullmatch(name)
+        if (found is None and ".lora_linear." in name) or len(ranks) > 1:
+            raise _not_covered(name)
+        if found:
+            here = {"Q": "to_q", "K": "to_k", "V": "to_v", "O": "to_out.0"}[found[2]]
+            sides.setdefault(f"transformer_blocks.{found[1]}.attn1.{here}", {})[found[3]] = ref
+    return {module: Pair(s["A"], s["B"], told / s["A"].shape[0]) for module, s in sides.items()}
+
+
 def is_sat_factor(name: str) -> bool:
-    """True for the name of a LoRA factor in a SAT checkpoint."""
-    return _SAT_FACTOR.fullmatch(name) is not None
+    """True for the name of a LoRA factor in a SAT checkpoint, of either mixin."""
+    return any(factor.fullmatch(name) for factor in (_SAT_FACTOR, _OLD_SAT_FACTOR))
 
 
 def _sat_factors(tensors: Tensors) -> dict[tuple[int, str, int], dict[str, TensorRef]]:
@@ -250,6 +269,7 @@ ORACLES: dict[str, Oracle] = {
     "onetrainer": file_oracles.onetrainer_pairs,
     "peft": peft_pairs,
     "sat": sat_pairs,
+    "sat-lora": sat_lora_pairs,
     "simpletuner": file_oracles.simpletuner_pairs,
     "tencent": file_oracles.tencent_pairs,
     "videox-fun": file_oracles.videox_fun_pairs,
