@@ -20,7 +20,6 @@ from loraconv.rules import Dialect, Family
 _GROUP = "loraconv.formats"
 _TABLES = {
     "loraconv.converters.sat":                  "SAT",
-    "loraconv.converters.sat_lora":             "SAT_LORA",
     "loraconv.converters.diffusers":            "DIFFUSERS",
     "loraconv.converters.peft":                 "PEFT",
     "loraconv.converters.ai_toolkit":          "AI_TOOLKIT",
@@ -32,6 +31,7 @@ _TABLES = {
     "loraconv.converters.genmo":               "GENMO",
     "loraconv.converters.kohya":               "KOHYA",
     "loraconv.converters.onetrainer":          "ONETRAINER",
+    "loraconv.converters.sat_lora":            "SAT_LORA",
     "loraconv.converters.simpletuner":         "SIMPLETUNER",
     "loraconv.converters.tencent":             "TENCENT",
     "loraconv.converters.videox_fun":          "VIDEOX_FUN",
