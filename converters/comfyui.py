@@ -1,7 +1,8 @@
 """The file with the model's original names that ComfyUI loads as it is.
 
 Facts: comfyanonymous/ComfyUI ``comfy/lora.py``, ``comfy/weight_adapter/lora.py``. ComfyUI asks for each weight's name
-in several spellings of the factors; alpha is a tensor beside them, and the rank without it. ``transformer.`` before
+in several spellings of the factors; alpha is a tensor beside them, and the rank without it. Text encoders
+have the names that they have in ComfyUI, behind ``text_encoders.``. ``transformer.`` before
 original names is what diffusion-pipe writes for HunyuanVideo.
 """
 
@@ -21,12 +22,17 @@ COMFYUI = Dialect(
     ),
     alpha="{module}.alpha",
     more=LYCORIS,
-    prefixes=("diffusion_model.", "transformer."),
-    components={"transformer": "", "unet": ""},
+    prefixes=("{component}.", "transformer."),
+    components={
+        "transformer":    "diffusion_model",
+        "unet":           "diffusion_model",
+        "text_encoder":   "text_encoders.clip_l.transformer",
+        "text_encoder_2": "text_encoders.clip_g.transformer",
+    },
     spellings=("original", ""),
     default_alpha="rank",
     default_why="ComfyUI applies scale 1 (alpha = rank) where there is no alpha tensor",
     carries=("any module", "a rank and an alpha for each module"),
     cannot_carry=("alpha for diffusers, whose loaders of HunyuanVideo, LTX-Video and others do not read it",),
     facts="comfyanonymous/ComfyUI comfy/lora.py, comfy/weight_adapter/lora.py",
-)
+)  # fmt: skip

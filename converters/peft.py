@@ -1,7 +1,8 @@
 """The folder that peft's ``save_pretrained`` writes: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Facts: huggingface/peft ``tuners/lora``, ``utils/save_and_load.py``. Every consumer reads alpha from the
-configuration, so the factors are kept as they are.
+configuration, so the factors are kept as they are. Where the model was its own repository's, names are original ones
+(fal's FLUX Kontext).
 """
 
 from loraconv.rules import PEFT_MORE, Dialect
@@ -16,6 +17,7 @@ PEFT = Dialect(
     also=(("{module}.lora_A.{adapter}.weight", "{module}.lora_B.{adapter}.weight"),),
     more=PEFT_MORE,
     prefixes=("base_model.model.",),
+    spellings=("", "original"),
     sidecar="adapter_config.json",
     rank_at="r",
     alpha_at="lora_alpha",

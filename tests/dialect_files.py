@@ -51,6 +51,15 @@ def swapped(there: str, here: str) -> Module:
     return Module(there, {here: (1, 0)}, 2)
 
 
+_SDXL_BLOCKS = (
+    ("input_blocks.5.1", "down_blocks.1.attentions.1"),
+    ("input_blocks.7.1", "down_blocks.2.attentions.0"),
+    ("middle_block.1", "mid_block.attentions.0"),
+    ("output_blocks.2.1", "up_blocks.0.attentions.2"),
+    ("output_blocks.3.1", "up_blocks.1.attentions.0"),
+)
+_SDXL_MODULES = ("proj_in", "transformer_blocks.1.attn2.to_k", "transformer_blocks.0.ff.net.2")
+
 #: Per model, from its own repository and diffusers' conversion script.
 MODELS: dict[str, tuple[Module, ...]] = {
     "cogvideox": tuple(
@@ -125,12 +134,28 @@ MODELS: dict[str, tuple[Module, ...]] = {
         one("blocks.0.ffn.0", "blocks.0.ffn.net.0.proj", 32),
         one("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
     ),
+    "sdxl": (
+        *(one(f"unet.{there}.{m}", f"unet.{here}.{m}") for there, here in _SDXL_BLOCKS for m in _SDXL_MODULES),
+        one("unet.input_blocks.4.0.emb_layers.1", "unet.down_blocks.1.resnets.0.time_emb_proj", 16),
+        one("unet.middle_block.2.emb_layers.1", "unet.mid_block.resnets.1.time_emb_proj", 16),
+        one("unet.output_blocks.8.0.emb_layers.1", "unet.up_blocks.2.resnets.2.time_emb_proj", 16),
+        one("unet.time_embed.2", "unet.time_embedding.linear_2"),
+        one("unet.label_emb.0.0", "unet.add_embedding.linear_1"),
+        *(
+            one(f"{encoder}.text_model.encoder.layers.{n}.{m}", f"{encoder}.text_model.encoder.layers.{n}.{m}")
+            for encoder, n in (("text_encoder", 11), ("text_encoder_2", 31))
+            for m in ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1")
+        ),
+        one("text_encoder_2.text_projection", "text_encoder_2.text_projection"),
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a dialect's file is written. ``alpha`` says where it stands: tensor, header, settings, or nowhere."""
+    """How a dialect's file is written. ``alpha`` says where it stands: tensor, header, settings, or nowhere.
+    ``components`` is what stands before the names of a pipeline's UNet and text encoders, if the dialect has them;
+    ``models`` are those that it is for, none for any."""
 
     file: str
     prefix: str
@@ -141,11 +166,26 @@ class Format:
     alpha: str = ""
     header: Callable[[list[str]], dict[str, str]] = lambda modules: {}
     settings: Mapping[str, object] = field(default_factory=dict)
+    components: Mapping[str, str] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
+
+
+PIPELINE = ("unet", "text_encoder", "text_encoder_2")
+
+
+def component_of(module: str) -> tuple[str, str]:
+    """The component of a module and its name there; a transformer's modules have no component before them."""
+    component, _, name = module.partition(".")
+    return (component, name) if component in PIPELINE else ("transformer", module)
 
 
 def _peft_header(modules: list[str]) -> dict[str, str]:
-    config = {"r": RANK, "lora_alpha": ALPHA, "target_modules": modules}
-    return {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
+    header: dict[str, object] = {}
+    for component in {component_of(m)[0]: None for m in modules}:
+        own = [name for part, name in map(component_of, modules) if part == component]
+        config = {"r": RANK, "lora_alpha": ALPHA, "target_modules": own}
+        header |= {f"{component}.{key}": value for key, value in config.items()}
+    return {"lora_adapter_metadata": json.dumps(header)}
 
 
 def _lora_config(modules: list[str]) -> dict[str, str]:
@@ -156,15 +196,31 @@ _AB, _DOWN_UP = (".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lo
 _IN_MEMORY = (".lora_A.default.weight", ".lora_B.default.weight")
 _PEFT = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none", "target_modules": ["to_q"]}
 _FILE = "pytorch_lora_weights.safetensors"
+_DOTTED = {component: f"{component}." for component in PIPELINE}
+_COMFYUI = {
+    "unet": "diffusion_model.",
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+}
+_KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+_DOUBLED = {component: f"{component}.base_model.model." for component in PIPELINE}
 
 FORMATS: dict[str, Format] = {
     "ai-toolkit": Format(
         _FILE, "transformer.", *_AB, header=lambda _: {"software": json.dumps({"name": "ai-toolkit", "version": "1"})}
     ),
-    "comfyui": Format("comfyui_lora.safetensors", "diffusion_model.", *_AB, original=True, alpha="tensor"),
+    "comfyui": Format(
+        "comfyui_lora.safetensors", "diffusion_model.", *_AB, original=True, alpha="tensor", components=_COMFYUI
+    ),
     "diffsynth": Format("diffsynth_lora.safetensors", "", *_IN_MEMORY, original=True),
-    "diffusers": Format(_FILE, "transformer.", *_AB, alpha="header", header=_peft_header),
-    "diffusers-old": Format(_FILE, "transformer.", ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    "diffusers": Format(_FILE, "transformer.", *_AB, alpha="header", header=_peft_header, components=_DOTTED),
+    "diffusers-old": Format(
+        _FILE,
+        "transformer.",
+        ".lora_linear_layer.down.weight",
+        ".lora_linear_layer.up.weight",
+        components=_DOTTED,
+    ),
     "diffusion-pipe": Format(
         "adapter_model.safetensors",
         "diffusion_model.",
@@ -173,13 +229,31 @@ FORMATS: dict[str, Format] = {
         settings={**_PEFT, "lora_alpha": RANK},
     ),
     "finetrainers": Format(_FILE, "transformer.", *_AB, alpha="header", header=_lora_config),
-    "kohya": Format("kohya_lora.safetensors", "lora_unet_", *_DOWN_UP, original=True, flat=True, alpha="tensor"),
+    "genmo": Format("genmo_lora.safetensors", "", ".lora_A", ".lora_B", original=True, models=("mochi",)),
+    "kohya": Format(
+        "kohya_lora.safetensors",
+        "lora_unet_",
+        *_DOWN_UP,
+        original=True,
+        flat=True,
+        alpha="tensor",
+        components=_KOHYA,
+    ),
     "onetrainer": Format("onetrainer_lora.safetensors", "lora_transformer_", *_DOWN_UP, flat=True, alpha="tensor"),
     "peft": Format("adapter_model.safetensors", "base_model.model.", *_AB, alpha="settings", settings=_PEFT),
-    "simpletuner": Format(_FILE, "transformer.base_model.model.", *_AB),
+    "simpletuner": Format(_FILE, "transformer.base_model.model.", *_AB, components=_DOUBLED),
+    "tencent": Format(
+        "tencent_lora.safetensors",
+        "Hunyuan_video_I2V_lora_",
+        *_DOWN_UP,
+        original=True,
+        flat=True,
+        alpha="tensor",
+        models=("hunyuan-video",),
+    ),
     "videox-fun": Format("videox_fun_lora.safetensors", "lora_unet__", *_DOWN_UP, flat=True, alpha="tensor"),
 }
-READ_ONLY = {"ai-toolkit", "diffusers-old", "diffusion-pipe", "finetrainers", "simpletuner"}
+READ_ONLY = {"ai-toolkit", "diffusers-old", "diffusion-pipe", "finetrainers", "genmo", "simpletuner", "tencent"}
 
 
 def written_modules(model: str, form: Format) -> list[Module]:
@@ -191,7 +265,16 @@ def written_modules(model: str, form: Format) -> list[Module]:
 
 
 def key(form: Format, module: str, end: str) -> str:
-    return form.prefix + (module.replace(".", "_") if form.flat else module) + end
+    component, name = component_of(module)
+    prefix = form.components.get(component, form.prefix)
+    return prefix + (name.replace(".", "_") if form.flat else name) + end
+
+
+def has(form: Format, model: str) -> bool:
+    """True if the format has names for all of the model's modules."""
+    if form.models:
+        return model in form.models
+    return model != "sdxl" or bool(form.components)
 
 
 def write(form: Format, model: str, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -235,6 +318,8 @@ def _peft_alpha(form: Format, folder: Path, module: str, rank: int) -> float:
         with safe_open(folder / form.file, "pt") as opened:
             header = opened.metadata()
         text = header.get("lora_adapter_metadata") or header.get("lora_config")
-        config = {k.removeprefix("transformer."): v for k, v in json.loads(text).items()}
+        component, module = component_of(module)
+        module = module.removeprefix("text_model.")
+        config = {k.removeprefix(f"{component}."): v for k, v in json.loads(text).items()}
     assert config.get("rank_pattern", {}).get(module, config["r"]) == rank
     return float(config.get("alpha_pattern", {}).get(module, config["lora_alpha"]))

@@ -138,7 +138,10 @@ SUMMARY = {
 }
 ADAPTER = {"ranks", "alphas", "alpha_sources", "scales", "targets", "modules", "layers", "dtypes"}
 GROUP = {"what", "tensors", "bytes", "names"}
-CONVERSION = {"schema", "out", "to", "dry_run", "source", "files", "plan", "notices", "proofs", "crc32"}
+CONVERSION = {
+    *("schema", "out", "to", "dry_run", "source", "files", "plan"),
+    *("dropped", "kept", "notices", "proofs", "crc32"),
+}
 FILE = {"name", "bytes", "sha256"}
 PLANNED = {"file", "name", "dtype", "shape", "how", "exact"}
 PROOF = {"subject", "checks", "controls"}

@@ -62,11 +62,45 @@ ORIGINAL = Spelling(
     ),
 )  # fmt: skip
 
+#: XLabs' trainer puts its layers into attention processors. A single block's first linear layer has another use for the
+#: rows behind q, k and v, which no adapter of it has.
+XLABS = Spelling(
+    rules=(
+        Fused(
+            "double_blocks.{i}.processor.qkv_lora1",
+            (
+                "transformer_blocks.{i}.attn.to_q",
+                "transformer_blocks.{i}.attn.to_k",
+                "transformer_blocks.{i}.attn.to_v",
+            ),
+        ),
+        Fused(
+            "double_blocks.{i}.processor.qkv_lora2",
+            (
+                "transformer_blocks.{i}.attn.add_q_proj",
+                "transformer_blocks.{i}.attn.add_k_proj",
+                "transformer_blocks.{i}.attn.add_v_proj",
+            ),
+        ),
+        Fused(
+            "single_blocks.{i}.processor.qkv_lora",
+            (
+                "single_transformer_blocks.{i}.attn.to_q",
+                "single_transformer_blocks.{i}.attn.to_k",
+                "single_transformer_blocks.{i}.attn.to_v",
+            ),
+        ),
+        Rename("double_blocks.{i}.processor.proj_lora1", "transformer_blocks.{i}.attn.to_out.0"),
+        Rename("double_blocks.{i}.processor.proj_lora2", "transformer_blocks.{i}.attn.to_add_out"),
+        Rename("single_blocks.{i}.processor.proj_lora", "single_transformer_blocks.{i}.proj_out"),
+    ),
+)
+
 FLUX = Family(
     name="flux",
     title="FLUX.1",
     model_class="FluxTransformer2DModel",
     component="transformer",
     modules=ORIGINAL.heres,
-    spellings={"original": ORIGINAL},
+    spellings={"original": ORIGINAL, "xlabs": XLABS},
 )

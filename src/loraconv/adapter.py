@@ -19,6 +19,7 @@ from loraconv.lazy import Lazy, TensorRef
 from loraconv.names import fold_names, printable, quoted
 from loraconv.nearest import nearest_pairs
 from loraconv.pairs import read_pairs
+from loraconv.rules import fill
 from loraconv.scale import Origin, Scale, find_scales, origins
 from loraconv.source import Source, refuse_parts
 
@@ -118,14 +119,32 @@ def _unknown_modules(detected: Detected, strange: list[str], rest: list[str]) ->
     """``strange``: LoRA tensors whose modules the family does not have; ``rest``: all that are not understood."""
     keys = [factor_key(detected.dialect, name) for name in strange]
     modules = dict.fromkeys(key.module for key in keys if key is not None)
-    near = get_close_matches(next(iter(modules)), detected.naming.names(), n=2, cutoff=0.5)
+    near = _near(next(iter(modules)), detected.naming.names())
     return FormatError(
         f"the adapter holds {len(rest)} tensors besides plain LoRA factors of {detected.family.title}'s modules",
         where="; ".join(fold_names(strange)[:4]),
-        why=f"names near to it: {', '.join(near)}" if near else f"{detected.family.title} has no such modules",
-        hint="loraconv formats",
+        why=near or f"{detected.family.title} has no such modules",
+        hint=_past(strange),
         slug="module-unknown",
     )
+
+
+def _near(name: str, known: list[str]) -> str:
+    """The known names nearest to one that is not; those of the first layer stand for all."""
+    near = get_close_matches(name, known, n=2, cutoff=0.5)
+    return f"names near to it: {', '.join(near)}" if near else ""
+
+
+def _past(unknown: list[str]) -> str:
+    return f"convert it with --keep-unknown, or with --drop '{printable(unknown[0])}' and so on"
+
+
+def _keys(detected: Detected) -> list[str]:
+    """Every key that the format has for modules of the first layer."""
+    dialect = detected.dialect
+    spelled = [template for template in (dialect.down, dialect.up, dialect.alpha) if template]
+    names = detected.naming.names()
+    return [fill(template, {"module": name, "part": "0"}) for name in names for template in spelled]
 
 
 #: What the end of a key says about a tensor that is no plain LoRA factor.
@@ -152,8 +171,10 @@ def refuse_rest(source: Source, detected: Detected) -> None:
         raise FormatError(
             f"the adapter holds {len(rest)} tensors besides plain LoRA factors",
             where="; ".join(fold_names(rest)[:4]),
-            why="; ".join(sorted(kinds)) or f"they are no {detected.dialect.name} keys of {detected.family.title}",
-            hint="loraconv formats",
+            why="; ".join(sorted(kinds))
+            or _near(rest[0], _keys(detected))
+            or f"they are no {detected.dialect.name} keys of {detected.family.title}",
+            hint=_past(rest),
             slug="not-plain-lora",
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from loraconv.naming import namings
 from loraconv.registry import dialect, dialects, families
-from loraconv.rules import Dialect
+from loraconv.rules import Dialect, fill
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,8 @@ def formats(name: str | None = None) -> tuple[FormatInfo, ...]:
 
 def _info(d: Dialect) -> FormatInfo:
     models = tuple(f.title for f in families() if namings(d.name, f.name))
-    keys = tuple(d.prefixes[0] + template for template in (d.down, d.up, d.alpha) if template)
+    prefix = fill(d.prefixes[0], {"component": next(iter(d.components.values()), "{component}")})
+    keys = tuple(prefix + template for template in (d.down, d.up, d.alpha) if template)
     not_carried = (*d.cannot_carry, f"anything: it is read only; {d.read_only}") if d.read_only else d.cannot_carry
     return FormatInfo(d.name, d.title, d.file, keys, _scale(d), d.carries, not_carried, models, d.facts)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loraconv import __version__
+from loraconv.accounting import Aside, leave_behind, refuse_half_pairs, set_apart, without
 from loraconv.describe import Summary, summarise
 from loraconv.detect import Detected, detect
 from loraconv.errors import FormatError, ProofFailed
@@ -56,7 +57,8 @@ class WrittenFile:
 
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
-    """What a conversion did, or, with ``dry_run``, would do (then ``files`` and ``proofs`` are empty)."""
+    """What a conversion did, or, with ``dry_run``, would do (then ``files`` and ``proofs`` are empty). ``dropped`` are
+    the keys that were left behind on purpose, ``kept`` the unknown ones that were copied."""
 
     out: Path
     to: str
@@ -67,6 +69,8 @@ class ConvertResult:
     notices: tuple[str, ...] = ()
     crc32: Mapping[str, str] = field(default_factory=dict)
     dry_run: bool = False
+    dropped: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict (schema 1)."""
@@ -78,6 +82,8 @@ class ConvertResult:
             "source": self.source.to_dict(),
             "files": [{"name": f.name, "bytes": f.bytes, "sha256": f.sha256} for f in self.files],
             "plan": [tensor for plan in self.plans for tensor in _planned(plan)],
+            "dropped": list(self.dropped),
+            "kept": list(self.kept),
             "crc32": dict(self.crc32),
             "notices": list(self.notices),
             "proofs": [p.to_dict() for p in self.proofs],
@@ -96,6 +102,8 @@ def convert(
     strict: bool = False,
     nearest: bool = False,
     allow_nonfinite: bool = False,
+    drop: Sequence[str] = (),
+    keep_unknown: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     approximate: Literal["svd"] | None = None,
@@ -111,6 +119,10 @@ def convert(
     alpha; ``nearest`` accepts a model-parallel adapter; ``allow_nonfinite`` accepts NaN and Inf; ``overwrite`` replaces
     an earlier output of loraconv; ``dry_run`` writes nothing.
 
+    A key that no rule knows is an error, with two ways past it: ``drop`` are patterns (``lora_te1_*``) of keys to leave
+    behind, a pair of factors whole or not at all, and ``keep_unknown`` copies the others byte for byte under their own
+    names, where the output is a safetensors file. The record and the proof name both.
+
     LoHa, LoKr and full differences keep their tensors where ``to`` has names for them. ``approximate`` makes a plain
     LoRA of them, the nearest one of the rank ``rank``, or of the smallest rank whose relative error is at most
     ``max_error`` in every module; the notices say the error, and the proof measures it.
@@ -124,9 +136,16 @@ def convert(
     target = dialect(to)
     options = Options(alpha, dtype, scale_in, strict, nearest, allow_nonfinite, approximate, max_error, rank)
     with open_source(src) as source:
-        detected = detect(source, family)
-        job, notices = adapter_job(source, detected, target.name, options)
-        return _finish(source, detected, [job], notices, _Request(out, to, options, overwrite, dry_run))
+        less, dropped = leave_behind(source, drop)
+        detected = detect(less, family)
+        refuse_half_pairs(detected, dropped)
+        aside = Aside(dropped)
+        if keep_unknown:
+            less, detected, kept = set_apart(less, detected, target)
+            aside = Aside(dropped, kept)
+        job, notices = adapter_job(less, detected, target.name, options, aside)
+        request = _Request(out, to, options, overwrite, dry_run, tuple(drop), keep_unknown, aside)
+        return _finish(source, detected, [job], notices, request)
 
 
 def sat2diffusers(
@@ -180,6 +199,9 @@ class _Request:
     options: Options
     overwrite: bool
     dry_run: bool
+    drop: tuple[str, ...] = ()
+    keep_unknown: bool = False
+    aside: Aside = field(default_factory=Aside)
 
 
 def _finish(
@@ -190,7 +212,8 @@ def _finish(
     request: _Request,
 ) -> ConvertResult:
     """Write, prove and commit the jobs; or only report them."""
-    summary = summarise(source, detected, alpha=request.options.exact_alpha)
+    dropped, kept = request.aside.dropped, tuple(request.aside.kept)
+    summary = summarise(without(source, (*dropped, *kept)), detected, alpha=request.options.exact_alpha)
     plans = tuple(job.plan for job in jobs)
     said = tuple(
         dict.fromkeys([*source.notices, *notices, *unknown_notices(detected), *(n for p in plans for n in p.notices)])
@@ -199,7 +222,8 @@ def _finish(
         for job in jobs:
             if job.check is not None:
                 job.check(Watch())
-        return ConvertResult(Path(request.out), request.to, summary, plans, notices=said, dry_run=True)
+        planned = ConvertResult(Path(request.out), request.to, summary, plans, notices=said, dry_run=True)
+        return replace(planned, dropped=dropped, kept=kept)
     needed = sum(plan.bytes for plan in plans) + (1 << 20)
     # The folder that holds a single input file is no input: a new folder beside that file is fine.
     inputs = [source.path, *(f.path for f in source.files), *([source.config_path] if source.config_path else [])]
@@ -214,7 +238,8 @@ def _finish(
         files = tuple(WrittenFile(name, file.size, file.sha256) for name, file in made.items())
         source.check_unchanged()
         result = ConvertResult(Path(request.out), request.to, summary, plans, files, proofs, said, crc32)
-        _write_text(folder, MANIFEST, _manifest(result, request.options))
+        result = replace(result, dropped=dropped, kept=kept)
+        _write_text(folder, MANIFEST, _manifest(result, request))
     return result
 
 
@@ -361,7 +386,7 @@ def _planned(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def _manifest(result: ConvertResult, options: Options) -> str:
+def _manifest(result: ConvertResult, request: _Request) -> str:
     """``loraconv.json``: everything about this conversion except where it ran, so that its bytes are the same again."""
     import numpy
 
@@ -370,11 +395,14 @@ def _manifest(result: ConvertResult, options: Options) -> str:
     del value["source"]["next"]
     # The bare name, however the path was spelled: the bytes must not depend on the place.
     value["source"]["path"] = printable(Path(os.path.abspath(value["source"]["path"])).name)
+    options = request.options
     value["options"] = {
         "alpha": options.alpha,
         "allow_nonfinite": options.allow_nonfinite,
         "approximate": options.approximate,
+        "drop": list(request.drop),
         "dtype": options.dtype,
+        "keep_unknown": request.keep_unknown,
         "max_error": options.max_error,
         "nearest": options.nearest,
         "rank": options.rank,

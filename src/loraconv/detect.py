@@ -75,19 +75,19 @@ def factor_key(dialect: Dialect, name: str) -> FactorKey | None:
     for side, template in spelled:
         fields = match(template, name) if template else None
         if fields is not None:
-            return FactorKey(_rewritten(dialect, fields["module"]), int(fields.get("part", 0)), side)
+            return FactorKey(*_rewritten(dialect, fields["module"], int(fields.get("part", 0))), side)
     for end, side in dialect.more.items():
         if name.endswith(end) and name[: -len(end)].endswith("."):
-            return FactorKey(_rewritten(dialect, name[: -len(end) - 1]), 0, side)
+            return FactorKey(*_rewritten(dialect, name[: -len(end) - 1], 0), side)
     return None
 
 
-def _rewritten(dialect: Dialect, module: str) -> str:
-    for there, here in dialect.rewrites:
+def _rewritten(dialect: Dialect, module: str, part: int) -> tuple[str, int]:
+    for there, here, number in (*((there, here, part) for there, here in dialect.rewrites), *dialect.parts):
         fields = match(there, module)
         if fields is not None:
-            return fill(here, fields)
-    return module
+            return fill(here, fields), number
+    return module, part
 
 
 #: A name, what it spells, and the number of names that it stands for.

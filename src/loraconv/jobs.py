@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
+from loraconv.accounting import Aside, aside_notices, with_kept
 from loraconv.adapter import Adapter, read_adapter, refuse_rest
 from loraconv.algebra import Special, in_words, specials_in
 from loraconv.approximating import approximate
@@ -26,6 +27,7 @@ from loraconv.rules import Dialect
 from loraconv.scale import given_alpha
 from loraconv.source import Source
 from loraconv.truncation import Wanted, wanted
+from loraconv.verifier.aside import SetAside
 from loraconv.verifier.oracles import rank_distances
 from loraconv.verifier.reshaped import Claims
 from loraconv.watch import Watch
@@ -85,13 +87,19 @@ class Job:
     is_base: bool = False
 
 
-def adapter_job(source: Source, detected: Detected, to: str, options: Options) -> tuple[Job, list[str]]:
+def adapter_job(
+    source: Source, detected: Detected, to: str, options: Options, aside: Aside | None = None
+) -> tuple[Job, list[str]]:
+    """The adapter's part; ``source`` and ``detected`` are without what is ``aside``."""
+    aside = aside or Aside()
     specials = specials_in(source, detected)
     if specials or options.wanted is not None:
-        return _special_job(source, detected, specials, dialect(to), options)
+        job, notices = _special_job(source, detected, specials, dialect(to), options)
+        return replace(job, plan=with_kept(job.plan, aside.kept)), [*notices, *aside_notices(aside)]
     alpha = options.exact_alpha
     adapter = read_adapter(source, detected, alpha=alpha, strict=options.strict, nearest=options.nearest)
     notices = _health_notices(source, adapter, options) + left_behind(source, detected) + nearest_notices(source)
+    notices += aside_notices(aside)
     target = dialect(to)
     plan = plan_adapter(
         adapter,
@@ -102,11 +110,12 @@ def adapter_job(source: Source, detected: Detected, to: str, options: Options) -
         scale_in=options.scale_in,
     )
     proof = {
+        "aside": SetAside(aside.dropped, tuple(aside.kept)),
         "alpha": alpha,
         "every_consumer": not target.every_consumer_reads_alpha and folds(adapter.factors, target, options.scale_in),
         "dtype": options.dtype_name,
     }
-    return Job(plan, "", proof), notices
+    return Job(with_kept(plan, aside.kept), "", proof), notices
 
 
 def _special_job(

@@ -68,7 +68,9 @@ class Naming:
         self.dialect, self.family, self.place, self._spelling = dialect, family, place, spelling
         prefix = dialect.prefixes[place]
         short = {c: dialect.components.get(c, c) for c in had(dialect, family)} or {"": ""}
-        self.prefixes: Mapping[str, str] = {c: fill(prefix, {"component": text}) for c, text in short.items()}
+        # Components that would share a prefix have names that do not tell which is meant: only the first has any.
+        first = {fill(prefix, {"component": text}): c for c, text in reversed(short.items())}
+        self.prefixes: Mapping[str, str] = {c: text for text, c in reversed(first.items())}
         self.begins = tuple(self.prefixes.values())
 
     @property
@@ -107,11 +109,8 @@ class Naming:
 
     def names(self) -> list[str]:
         """Every name that the dialect has for modules of the first layer, to show what is near an unknown one."""
-        found = []
-        for rule in _rules(self.family, self._spelling):
-            there = fill(rule.there, dict.fromkeys("ijkl", "0"))
-            found += [self.prefix + there.replace(".", self.dialect.separator)]
-        return found
+        first = [fill(rule.targets[0], dict.fromkeys("ijkl", "0")) for rule in _rules(self.family, self._spelling)]
+        return [found[0] for module in first if (found := self.write(module)) is not None]
 
 
 def components(family: Family) -> tuple[str, ...]:
@@ -121,6 +120,15 @@ def components(family: Family) -> tuple[str, ...]:
         return (family.component,)
     first = dict.fromkeys(rule.targets[0].partition(".")[0] for rule in _rules(family, ""))
     return tuple(step for step in first if step in _PIPELINE)
+
+
+def in_component(family: Family, module: str) -> tuple[str, str]:
+    """The component that a module (diffusers name) belongs to, and its name there; no component for a model of another
+    kind."""
+    if family.component or not components(family):
+        return family.component, module
+    component, _, name = module.partition(".")
+    return component, name
 
 
 def had(dialect: Dialect, family: Family) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ def read_pairs(source: Source, detected: Detected, tensors: dict[str, TensorRef]
         assert found is not None
         rule, fields = found
         _check_pair(source, key.module, down, up)
-        if "{part}" in dialect.down:
+        if dialect.by_part:
             parts = [(_part(detected, rule, key), Halves(down, up, down.shape[0]))]
         else:
             parts = list(_cut(rule, down, up, by_block))

@@ -18,6 +18,7 @@ from loraconv.detect import FAMILY_KEY
 from loraconv.errors import FormatError
 from loraconv.fold import cast, fits, folded, refuse_ruin
 from loraconv.lazy import Averaged, InMemory, Joined, Lazy, Number, Padded, Rows, Scaled, TensorRef, nbytes, read
+from loraconv.naming import in_component
 from loraconv.rules import Dialect, Family, fill
 from loraconv.scale import ORIGIN_KEY, Origin, Place, Scale
 from loraconv.written import Written, family_for, write_pairs
@@ -277,25 +278,41 @@ def _plan_file(factors: tuple[Factor, ...], target: Dialect, family: Family, not
     outputs = _outputs(factors, target, family)
     metadata = {"format": "pt", ORIGIN_KEY: json.dumps(_origin_json(factors), sort_keys=True), **proof_claim(outputs)}
     if target.header:
-        config = {f"{family.component}.{key}": value for key, value in _lora_config(factors).items()}
-        metadata[target.header] = json.dumps(config, sort_keys=True)
-    texts = {target.sidecar: _settings_text(_settings(factors, target), target.sidecar)} if target.sidecar else {}
+        metadata[target.header] = json.dumps(_header_config(factors, family), sort_keys=True)
+    texts = (
+        {target.sidecar: _settings_text(_settings(factors, target, family), target.sidecar)} if target.sidecar else {}
+    )
     return Plan(target, (PlannedFile(target.file, outputs, metadata),), texts, factors, notices)
+
+
+def _header_config(factors: tuple[Factor, ...], family: Family) -> dict[str, Any]:
+    """peft's configuration of every component that has an adapter, each key behind the component's name.
+
+    transformers 5 builds a text encoder without the step ``text_model``, which diffusers takes out of a file's keys and
+    not out of its header. peft asks for the end of a name, so that without it the header fits all.
+    """
+    grouped: dict[str, list[Factor]] = {}
+    for factor in factors:
+        component, name = in_component(family, factor.module)
+        grouped.setdefault(component, []).append(replace(factor, module=name.removeprefix("text_model.")))
+    configs = {component: _lora_config(tuple(own)) for component, own in grouped.items()}
+    return {f"{component}.{key}": value for component, config in configs.items() for key, value in config.items()}
 
 
 def _plan_run(factors: tuple[Factor, ...], target: Dialect, family: Family, notices: tuple[str, ...]) -> Plan:
     """A run folder with one torch file, its settings and the pointer to its only iteration."""
     assert target.layout is not None
     outputs = _outputs(factors, target, family)
-    settings = {**_settings(factors, target), ORIGIN_KEY: _origin_json(factors)}
+    settings = {**_settings(factors, target, family), ORIGIN_KEY: _origin_json(factors)}
     texts = {target.layout.pointer: "1", target.sidecar: _settings_text(settings, target.sidecar)}
     file = PlannedFile(f"1/{target.file}", outputs, kind="torch")
     return Plan(target, (file,), texts, factors, notices)
 
 
-def _settings(factors: tuple[Factor, ...], target: Dialect) -> dict[str, Any]:
+def _settings(factors: tuple[Factor, ...], target: Dialect, family: Family) -> dict[str, Any]:
     """Dotted path -> value of the settings file: what the format always has, and rank and alpha where it wants them."""
-    config = _lora_config(factors)
+    # Such a file is one model's, whose modules have no component before them.
+    config = _lora_config(tuple(replace(f, module=in_component(family, f.module)[1]) for f in factors))
     if not target.rank_pattern_at:
         rank, alpha = _single_scale(factors, target)
         config |= {"r": rank, "lora_alpha": plain(alpha)}

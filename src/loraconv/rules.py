@@ -520,7 +520,8 @@ class Dialect:
     empty means all, under their own names. ``spellings`` name the family's spellings that may follow, empty for
     diffusers' own names. Of prefixes and spellings the first that the family has is written.
     ``more`` are the ends of the names of tensors that make a module more than a pair of factors, and what they are.
-    ``separator`` replaces the dots in module names. ``rewrites`` turn module names into the usual ones when read.
+    ``separator`` replaces the dots in module names. ``rewrites`` turn module names into the usual ones when read;
+    ``parts`` turn the names of parts into those of their modules and the number of the part.
     ``frozen`` spells the untouched weight of an adapted module.
 
     Scale. ``sidecar`` is the settings file beside the weights (YAML or JSON, by its suffix); ``alpha_at``, ``rank_at``
@@ -553,6 +554,7 @@ class Dialect:
     spellings: tuple[str, ...] = ("",)
     separator: str = "."
     rewrites: tuple[tuple[str, str], ...] = ()
+    parts: tuple[tuple[str, str, int], ...] = ()
     frozen: str = ""
     foreign: tuple[Foreign, ...] = ()
     layout: RunLayout | None = None
@@ -578,6 +580,11 @@ class Dialect:
     carries: tuple[str, ...] = ()
     cannot_carry: tuple[str, ...] = ()
     facts: str = ""
+
+    @property
+    def by_part(self) -> bool:
+        """True if a module that is several of diffusers has a pair of factors for each."""
+        return "{part}" in self.down or bool(self.parts)
 
     @property
     def holds_models(self) -> bool:

@@ -20,7 +20,8 @@ from loraconv.io.sidecar import at, parse_json
 from loraconv.lazy import TensorRef
 from loraconv.lazy import number as number_in
 from loraconv.names import FLOAT_DTYPES, printable
-from loraconv.rules import fill
+from loraconv.naming import in_component
+from loraconv.rules import Family, fill
 from loraconv.source import Source
 
 #: The header in which loraconv keeps what the trainer said, from which the way back is exact.
@@ -230,6 +231,7 @@ def _sidecar_claims(source: Source, detected: Detected) -> list[Teller]:
     dialect, config = detected.dialect, source.config
     if config is None or source.config_path is None or not dialect.alpha_at:
         return []
+    _refuse_other_names(source, detected)
     paths = {
         "lora_alpha": dialect.alpha_at,
         "r": dialect.rank_at,
@@ -238,6 +240,19 @@ def _sidecar_claims(source: Source, detected: Detected) -> list[Teller]:
         "use_rslora": dialect.rslora_at,
     }
     return [_place(source.config_path.name, {key: at(config, path) for key, path in paths.items() if path})]
+
+
+def _refuse_other_names(source: Source, detected: Detected) -> None:
+    """Patterns match the names that modules had in training, and a module's alpha is looked up by diffusers' name."""
+    dialect = detected.dialect
+    patterns = [at(source.config, path) for path in (dialect.alpha_pattern_at, dialect.rank_pattern_at) if path]
+    if detected.naming.spelling is not None and any(patterns):
+        raise FormatError(
+            "the adapter's settings give single modules another rank or alpha, by names that are not diffusers' own",
+            where=printable(str(source.config_path)),
+            hint="if one alpha is right for all, move the settings away and pass --alpha A",
+            slug="pattern",
+        )
 
 
 def _header_claims(source: Source, detected: Detected) -> list[Teller]:
@@ -250,11 +265,24 @@ def _header_claims(source: Source, detected: Detected) -> list[Teller]:
         config = parse_json(text, f"{printable(str(source.path))}, header key {key}")
         if not isinstance(config, dict):
             raise _malformed(f"header {key}", "it is not a map of settings")
-        prefix = f"{detected.family.component}."
-        if any(k.startswith(prefix) for k in config):
-            config = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
-        found.append(_place(f"header {key}", config))
+        found.append(_by_component(f"header {key}", config, detected.family))
     return found
+
+
+def _by_component(where: str, config: dict[str, Any], family: Family) -> Teller:
+    """The rule of :func:`_place` for each component of a pipeline, whose settings begin with its name; settings without
+    any such name are for all."""
+    places: dict[str, Teller] = {}
+
+    def claim(module: str) -> Claim:
+        component, name = in_component(family, module)
+        if component not in places:
+            prefix = f"{component}."
+            own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+            places[component] = _place(where, own or config)
+        return places[component](name)
+
+    return claim
 
 
 def _tensor_claims(source: Source, detected: Detected) -> list[Teller]:

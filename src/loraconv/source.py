@@ -17,6 +17,7 @@ from loraconv.io import safetensors_read, sidecar, torch_read
 from loraconv.io.input_file import InputFile
 from loraconv.io.run_folder import RunFiles, check_ranks, find_run
 from loraconv.io.torch_pickle import Opaque
+from loraconv.io.zero_shards import beside, refuse_parts_of, refuse_shard_folder
 from loraconv.lazy import TensorRef, nbytes
 from loraconv.names import fold_names, numel, printable, quoted
 from loraconv.registry import dialects
@@ -115,6 +116,7 @@ def _open_folder(path: Path, stack: ExitStack) -> Source:
             slug="source-ambiguous",
         )
     if not found:
+        refuse_shard_folder(path)
         raise _nothing_in(path)
     ((file, run),) = found.items()
     return _open_file(file, stack) if run is None else _open_run(path, run, stack)
@@ -170,7 +172,8 @@ def _open_run(path: Path, run: RunFiles, stack: ExitStack) -> Source:
     files = [stack.enter_context(InputFile(p)) for p in run.files]
     roots = [torch_read.read_torch(file) for file in files]
     container = "torch file" if len(files) == 1 and path == run.files[0] else "run folder"
-    source = Source(path, container, [], files, notices=list(run.notices))
+    notices = [*run.notices, *filter(None, [beside(run.files[0].parent)])]
+    source = Source(path, container, [], files, notices=notices)
     for file, root in zip(files, roots, strict=True):
         if not isinstance(root, dict):
             raise _not_a_state_dict(file, type(root).__name__)
@@ -186,6 +189,7 @@ def _open_run(path: Path, run: RunFiles, stack: ExitStack) -> Source:
 def _add_rank(source: Source, file: InputFile, root: dict[Any, Any], run: RunFiles) -> None:
     key = next((k for k in run.layout.root if isinstance(root.get(k), dict)), None)
     state = root if key is None else root[key]
+    refuse_parts_of(root, state, file.path)
     tensors: dict[str, TensorRef] = {}
     for name, value in state.items():
         tensor = _whole(source, run, str(name), value)

@@ -14,7 +14,7 @@ from loraconv.adapter import Factor
 from loraconv.errors import FormatError
 from loraconv.lazy import Joined, Lazy, Padded, Rows, Zeros, same_bytes
 from loraconv.names import fold_names, printable
-from loraconv.naming import Naming, components, namings
+from loraconv.naming import Naming, namings
 from loraconv.rules import Dialect, Family, Rule
 from loraconv.scale import Scale
 
@@ -38,7 +38,7 @@ def write_pairs(factors: Sequence[Factor], target: Dialect, family: Family) -> l
         grouped.setdefault(written, (rule, {}))[1][part] = factor
     made: list[Written] = []
     for module, (rule, parts) in grouped.items():
-        if "{part}" in target.down:
+        if target.by_part:
             made += [Written(module, str(part), f.down, f.up, f.scale) for part, f in parts.items()]
         else:
             made.append(_fused(module, rule, parts))
@@ -57,7 +57,6 @@ def naming_for(target: Dialect, family: Family) -> Naming:
             hint="loraconv formats",
             slug="cannot-carry",
         )
-    _refuse_components(family)
     return ways[0]
 
 
@@ -94,17 +93,6 @@ def _names(factors: Sequence[Factor], naming: Naming) -> list[tuple[str, Rule, i
             slug="cannot-carry",
         )
     return [w for w in found if w is not None]
-
-
-def _refuse_components(family: Family) -> None:
-    """The names of a pipeline with several components have no second statement that a proof could stand on."""
-    if not family.component and components(family):
-        raise FormatError(
-            f"an adapter of {family.title}, which has several components, is read and not yet written",
-            why=f"nothing would prove the names of {', '.join(components(family))}",
-            hint="loraconv formats",
-            slug="cannot-carry",
-        )
 
 
 def _fused(module: str, rule: Rule, parts: dict[int, Factor]) -> Written:

@@ -124,6 +124,8 @@ def sat2diffusers(as_json: bool, quiet: bool, debug: bool, **options: Any) -> No
 @click.option("--approximate", type=click.Choice(["svd"]), help="Make a plain LoRA of LoHa, LoKr and full differences.")
 @click.option("--max-error", type=float, metavar="E", help="With --approximate: the relative error a module may have.")
 @click.option("--rank", type=int, metavar="R", help="With --approximate: the rank, instead of --max-error.")
+@click.option("--drop", multiple=True, default=(), metavar="PATTERN", help="Leave keys behind: 'lora_te*'.")
+@click.option("--keep-unknown", is_flag=True, help="Copy tensors that no rule knows, under their own names.")
 @_conversion_options
 @_output_options
 def convert(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:

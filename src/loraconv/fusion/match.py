@@ -12,11 +12,11 @@ from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError, Usage
 from loraconv.fusion.adapters import Used
 from loraconv.fusion.dora import refuse_beside_dora, term_of
 from loraconv.fusion.merging import DTYPES, Term, as_matrix
-from loraconv.fusion.patterns import choose
 from loraconv.io.sidecar import parse_json
 from loraconv.lazy import TensorRef
 from loraconv.model_folder import Model
 from loraconv.names import fold_names, printable, quoted
+from loraconv.patterns import choose
 
 #: The header key of every fused file: the adapters in it, as a list.
 FUSED_KEY = "loraconv.fused"

@@ -10,6 +10,7 @@ from loraconv.errors import CorruptCheckpoint, FormatError, UsageError
 from loraconv.io.sidecar import read_text
 from loraconv.names import printable, quoted
 
+_STEP = re.compile(r"global_step[0-9]{1,12}")
 _ITERATION = re.compile(r"[0-9]{1,12}(-[A-Za-z]{1,16})?")
 
 
@@ -60,7 +61,7 @@ def find_run(path: Path, layout: RunLayout) -> RunFiles | None:
         return _from_iteration(path, layout)
     iterations = sorted(p.name for p in _children(path) if _ITERATION.fullmatch(p.name) and _rank_files(p, layout))
     pointer = path / layout.pointer
-    if pointer.is_file():
+    if pointer.is_file() and not _is_of_deepspeed(path, pointer):
         return _from_pointer(path, pointer, iterations, layout)
     if not iterations:
         return None
@@ -73,6 +74,12 @@ def find_run(path: Path, layout: RunLayout) -> RunFiles | None:
         )
     notice = f"no '{layout.pointer}' file; the only iteration, {iterations[0]}, was taken"
     return replace(_from_iteration(path / iterations[0], layout), notices=(notice,))
+
+
+def _is_of_deepspeed(path: Path, pointer: Path) -> bool:
+    """True if the pointer names a step as DeepSpeed itself does: then the folder is another trainer's."""
+    name = read_text(pointer).strip()
+    return _STEP.fullmatch(name) is not None and (path / name).is_dir()
 
 
 def _children(path: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from loraconv.names import human_bytes, printable, quoted
+from loraconv.names import fold_names, human_bytes, printable, quoted
 
 if TYPE_CHECKING:
     from loraconv.catalog import FormatInfo
@@ -153,12 +153,13 @@ def plan(result: ConvertResult) -> str:
             lines.append(f"  {file.name}: {len(file.outputs)} tensors, {human_bytes(file.bytes)}{note}")
             lines += [f"    {text}" for text in _folded_recipes(file.outputs)]
         lines += [f"  {name}: {human_bytes(len(text))}" for name, text in planned.texts.items()]
+    if result.dropped:
+        lines.append(f"  left behind: {len(result.dropped)} tensors")
+        lines += [f"    {name}" for name in fold_names(result.dropped)]
     return "\n".join(lines)
 
 
 def _folded_recipes(outputs: Iterable[object]) -> list[str]:
-    from loraconv.names import fold_names
-
     recipes: dict[str, list[str]] = {}
     for output in outputs:
         tensor = getattr(output, "tensor")  # noqa: B009

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from loraconv.adapter import Adapter, Factor
 from loraconv.errors import FormatError
-from loraconv.fusion.patterns import choose
 from loraconv.model_folder import Model, open_model
 from loraconv.names import fold_names, printable
+from loraconv.patterns import choose
 from loraconv.plan import Plan, plan_adapter
 from loraconv.registry import dialect, families
 from loraconv.reshaping.approximation import approximate

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 from loraconv.errors import FormatError, UsageError
 from loraconv.fusion.adapters import split_strength
 from loraconv.fusion.llava import refuse_unfinished, trained_whole
-from loraconv.fusion.patterns import choose
 from loraconv.io.input_file import InputFile
 from loraconv.io.sidecar import read_json
 from loraconv.io.torch_read import read_tensors
 from loraconv.lazy import TensorRef
 from loraconv.model_folder import CONFIG, Model, open_model
 from loraconv.names import DTYPE_WORDS, printable, quoted
+from loraconv.patterns import choose
 from loraconv.source import open_source
 from loraconv.verification.adapters import adapter_pairs
 from loraconv.verification.result import VerifyResult, number

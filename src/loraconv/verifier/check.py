@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -17,6 +17,7 @@ from loraconv.io.torch_read import read_torch, sniff
 from loraconv.lazy import TensorRef
 from loraconv.names import printable
 from loraconv.verifier.adapter import prove_adapter
+from loraconv.verifier.aside import SetAside, check_aside
 from loraconv.verifier.base import prove_base
 from loraconv.verifier.dtypes import expected_dtypes
 from loraconv.verifier.loadable import SETTINGS_FILES, adapter_file, check_base_files, check_torch, check_written
@@ -45,13 +46,15 @@ def prove_written(
     settings_file: str = "",
     alpha: Fraction | None = None,
     every_consumer: bool = False,
+    aside: SetAside | None = None,
     dtype: str | None = None,
     opener: Callable[[Path], InputFile] = InputFile,
 ) -> Proof:
     """The proof of the output of format ``kind`` (the name of a dialect, or ``base``) in ``folder``.
 
     ``alpha`` and ``dtype`` are the user's own, if any. ``every_consumer`` demands that the strength is the same where
-    the header is not read. ``settings_file`` is the settings file of a format that is not loraconv's own. ``opener``
+    the header is not read. ``aside`` are the keys of the source that are no part of the adapter, by the user's wish.
+    ``settings_file`` is the settings file of a format that is not loraconv's own. ``opener``
     opens the weights of a base, which may still be being written.
 
     Raises :class:`ProofFailed` where the output cannot be read or compared at all, :class:`FormatError` where no oracle
@@ -62,8 +65,10 @@ def prove_written(
             check_base_files(folder, files)
             opened = {name: stack.enter_context(opener(folder / name)) for name in files}
             return _prove_base(folder, opened, source, dtype)
-        written = read_adapter_files(folder, kind, files, settings_file, stack)
-        ranks, magnitudes = list[Mapping[str, TensorRef]](source.ranks), dict[str, Tensor]()
+        aside = aside or SetAside()
+        written = read_adapter_files(folder, kind, files, settings_file, stack, aside.kept)
+        ranks: list[Mapping[str, TensorRef]] = [aside.rest(tensors) for tensors in source.ranks]
+        magnitudes = dict[str, Tensor]()
         if source_kind != "sat":
             ranks[0], magnitudes = apart(ranks[0])
         pairs = pairs_of(source_kind, ranks, source.metadata, source.config, alpha)
@@ -72,6 +77,7 @@ def prove_written(
         proof = prove_adapter(Expectation(pairs, dtypes), written.pairs, scale_ignored=every_consumer)
         if magnitudes or written.magnitudes:
             proof = replace(proof, checks=(*proof.checks, check_magnitudes(magnitudes, written.magnitudes)))
+        proof = replace(proof, checks=(*proof.checks, *check_aside(aside, source.ranks[0], written.kept)))
         if source_kind != "sat" or kind not in ORACLES:
             return proof
         told = record(written.metadata, written.settings)
@@ -81,16 +87,20 @@ def prove_written(
 @dataclass(frozen=True, slots=True)
 class Written:
     """An adapter that was written: what the format says that it is, its magnitudes by module if it is a DoRA, its
-    header and its settings file."""
+    header, its settings file, and the tensors in its file that are no part of it."""
 
     pairs: Mapping[str, Pair]
     magnitudes: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     settings: Mapping[str, Any] | None
+    kept: Mapping[str, TensorRef]
 
 
-def read_adapter_files(folder: Path, kind: str, files: Sequence[str], settings_file: str, stack: ExitStack) -> Written:
-    """The adapter of format ``kind`` that was written into ``folder``; ``stack`` closes its file.
+def read_adapter_files(
+    folder: Path, kind: str, files: Sequence[str], settings_file: str, stack: ExitStack, kept: Collection[str] = ()
+) -> Written:
+    """The adapter of format ``kind`` that was written into ``folder``; ``stack`` closes its file. ``kept`` are the
+    names in it that are no part of the adapter.
 
     Raises :class:`ProofFailed` where a consumer would not load it, and whatever a file that cannot be read raises:
     call it inside of :func:`as_failure`.
@@ -98,11 +108,12 @@ def read_adapter_files(folder: Path, kind: str, files: Sequence[str], settings_f
     name = adapter_file(kind, folder, files)
     file = stack.enter_context(InputFile(folder / name))
     tensors, metadata = _safetensors(file) if _is_safetensors(file, kind) else _torch(file, kind)
+    beside = {name: tensors.pop(name) for name in kept if name in tensors}
     settings = _settings(folder, SETTINGS_FILES.get(kind, "" if kind in ORACLES else settings_file))
     plain, magnitudes = apart(tensors) if kind != "sat" else (tensors, {})
     if kind in ORACLES:
         check_written(kind, plain, metadata, settings, dora=bool(magnitudes))
-    return Written(pairs_of(kind, [plain], metadata, settings, None), magnitudes, metadata, settings)
+    return Written(pairs_of(kind, [plain], metadata, settings, None), magnitudes, metadata, settings, beside)
 
 
 def _origin(

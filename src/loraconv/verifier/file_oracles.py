@@ -6,7 +6,6 @@ diffusion-pipe, OneTrainer: ``delta = alpha / rank * up @ down``, alpha being a 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -18,10 +17,12 @@ from loraconv.lazy import Joined, Lazy, TensorRef, number, read
 from loraconv.names import printable
 from loraconv.verifier.algebra import is_special, side_of, special_pairs
 from loraconv.verifier.numbers import Held, Pair, values
-from loraconv.verifier.original_names import Share, here
+from loraconv.verifier.original_names import Share, here, of_original
+from loraconv.verifier.pipeline_names import of_pipeline
 
 Tensors = Mapping[str, TensorRef]
 
+_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _FACTOR = re.compile(r"(.+)\.lora_(?:(A|down)|(B|up))(?:\.default)?(?:\.weight)?")
 
 
@@ -33,15 +34,20 @@ def kohya_pairs(
     known = Fraction(told) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", told) else None
     arguments = metadata.get("ss_network_args", "")
     blocks = '"split_qkv": "true"' in arguments.lower()
-    return _pairs(ranks[0], ("lora_unet_",), alpha, known, original=True, alpha_of_block=blocks)
+    parts = {"lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
+    return _pairs(ranks[0], ("lora_unet_",), alpha, known, original=True, alpha_of_block=blocks, components=parts)
 
 
 def comfyui_pairs(
     ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
 ) -> dict[str, Pair]:
     """ComfyUI: the alpha tensor divided by the rank; 1 without it."""
-    stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    return _pairs(ranks[0], ("diffusion_model.", "transformer."), alpha, None, original=True, stated=stated)
+    parts = {
+        "diffusion_model.": "unet",
+        "text_encoders.clip_l.transformer.": "text_encoder",
+        "text_encoders.clip_g.transformer.": "text_encoder_2",
+    }
+    return _pairs(ranks[0], ("diffusion_model.", "transformer."), alpha, None, original=True, components=parts)
 
 
 def videox_fun_pairs(
@@ -78,7 +84,8 @@ def simpletuner_pairs(
     ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
 ) -> dict[str, Pair]:
     """SimpleTuner: scale 1; both prefixes."""
-    return _pairs(ranks[0], ("transformer.base_model.model.",), alpha, None, original=False)
+    parts = {f"{component}.base_model.model.": component for component in _COMPONENTS}
+    return _pairs(ranks[0], ("transformer.base_model.model.",), alpha, None, original=False, components=parts)
 
 
 def diffusers_old_pairs(
@@ -91,7 +98,45 @@ def diffusers_old_pairs(
         module = re.sub(r"\.processor\.to_out\.", ".to_out.0.", module).replace(".processor.", ".")
         module = re.sub(r"(?<=\.self_attn\.)to_(q|k|v|out)\.", r"\1_proj.", module)
         renamed[module] = ref
-    return _pairs(renamed, ("transformer.", ""), alpha, None, original=False)
+    parts = {f"{component}.": component for component in _COMPONENTS}
+    return _pairs(renamed, ("transformer.", ""), alpha, None, original=False, components=parts)
+
+
+def genmo_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """Genmo: ComfyUI's rule without alpha tensors, that is scale 1; no prefix."""
+    return _pairs(ranks[0], ("",), alpha, None, original=True)
+
+
+def tencent_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """Tencent's HunyuanVideo-I2V: kohya's rule."""
+    return _pairs(ranks[0], ("Hunyuan_video_I2V_lora_",), alpha, None, original=True)
+
+
+def xlabs_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """XLabs: scale 1; ``processor.qkv_lora1`` is the LoRA of the image's q, k and v, ``2`` that of the text's."""
+    named = {re.sub(r"\.(down|up)\.weight$", r".lora_\1.weight", name): ref for name, ref in ranks[0].items()}
+    return _pairs(named, ("diffusion_model.", ""), alpha, None, original=True)
+
+
+def of_original_names(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+    """The pairs by diffusers name, where all names are those of one model's own repository; else as they are."""
+    shares = of_original(list(pairs))
+    if shares is None:
+        return dict(pairs)
+    made: dict[str, Pair] = {}
+    for pair, parts in zip(pairs.values(), shares, strict=True):
+        assert isinstance(pair.down, TensorRef)
+        assert isinstance(pair.up, TensorRef)
+        # alpha belongs to the whole pair: any number will do, for the scale is the pair's own
+        found = _split(pair.down, pair.up, Fraction(1), parts, alpha_of_block=False)
+        made |= {module: Pair(part.down, part.up, pair.scale) for module, part in found}
+    return made
 
 
 def _pairs(
@@ -102,9 +147,10 @@ def _pairs(
     *,
     original: bool,
     alpha_of_block: bool = False,
-    stated: Mapping[str, Any] | None = None,
+    components: Mapping[str, str] | None = None,
 ) -> dict[str, Pair]:
-    """``user``: the caller's alpha; ``known``: that of the file where a pair has no alpha tensor."""
+    """``user``: the caller's alpha; ``known``: that of the file where a pair has no alpha tensor; ``components``: what
+    the names of a pipeline's components begin with."""
     sides: dict[str, dict[str, TensorRef]] = {}
     for name, ref in tensors.items():
         factor = _FACTOR.fullmatch(name)
@@ -117,11 +163,11 @@ def _pairs(
             if more is None:
                 raise _not_covered(name)
             sides.setdefault(more[0], {})[more[1]] = ref
-    begin = next((p for p in prefixes if all(module.startswith(p) for module in sides)), None)
     broken = [m for m, found in sides.items() if not is_special(found) and not {"down", "up"} <= set(found)]
-    if begin is None or broken:
-        raise _not_covered(broken[0] if broken else next(iter(sides)))
-    shares = here([module[len(begin) :] for module in sides], original=original)
+    if broken:
+        raise _not_covered(broken[0])
+    of_several = of_pipeline(list(sides), components or {})
+    shares = [[Share(m)] for m in of_several] if of_several else _of_one(list(sides), prefixes, original)
     pairs: dict[str, Pair] = {}
     for found, parts in zip(sides.values(), shares, strict=True):
         if is_special(found):
@@ -130,6 +176,14 @@ def _pairs(
         told = user if user is not None else _alpha(found.get("alpha"), known, found["down"].shape[0])
         pairs |= dict(_split(found["down"], found["up"], told, parts, alpha_of_block))
     return pairs
+
+
+def _of_one(names: list[str], prefixes: tuple[str, ...], original: bool) -> list[list[Share]]:
+    """The modules of a model, whose names all begin with one of the prefixes."""
+    begin = next((p for p in prefixes if all(name.startswith(p) for name in names)), None)
+    if begin is None:
+        raise _not_covered(names[0])
+    return here([name[len(begin) :] for name in names], original=original)
 
 
 def _alpha(tensor: TensorRef | None, known: Fraction | None, rank: int) -> Fraction:

@@ -6,14 +6,14 @@ Stated for the three formats of loraconv itself, from what diffusers, peft and S
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loraconv.errors import ProofFailed
 from loraconv.lazy import TensorRef
 from loraconv.names import printable
-from loraconv.verifier.oracles import by_pattern, header_config, sat_setting
+from loraconv.verifier.oracles import by_component, by_pattern, header_config, sat_setting
 
 Tensors = Mapping[str, TensorRef]
 #: What ``load_lora_weights``, ``PeftModel.from_pretrained`` and SAT's ``load_checkpoint`` open. SAT's is in a folder
@@ -97,15 +97,28 @@ def check_written(
         if ranks != told:
             raise unloadable(f"the settings say r = {told}, the factors have {ranks}")
         return
-    prefix = "base_model.model." if kind == "peft" else "transformer."
-    config = _peft_config(settings) if kind == "peft" else _written_header(metadata)
+    if kind == "peft":
+        _check_modules("base_model.model.", tensors, _peft_config(settings), dora)
+        return
+    components = by_component(tensors)
+    _check_header(metadata, components)
+    for component, own in components.items():
+        # by_component leaves the transformer's prefix where it is
+        prefix = "transformer." if component == "transformer" else ""
+        _check_modules(prefix, own, header_config(metadata, component), dora)
+
+
+def _check_modules(prefix: str, tensors: Tensors, config: Mapping[str, Any], dora: bool) -> None:
+    """The modules of the file are those that the configuration makes, each of the rank that it says."""
     names = {name.removeprefix(prefix).rpartition(".lora_")[0] for name in tensors if name.startswith(prefix)}
     if len(names) * 2 != len(tensors):
         raise unloadable(f"keys without the prefix {prefix}")
     if (config.get("use_dora") is True) != dora:
         raise unloadable(f"use_dora is {config.get('use_dora')!r}, magnitudes are {'there' if dora else 'not there'}")
     _check_plain({key: value for key, value in config.items() if key != "use_dora"})
-    if not isinstance(config["target_modules"], list) or names != set(config["target_modules"]):
+    # peft asks for the end of a name, and transformers 5 has text encoders without this step.
+    wanted = {name.removeprefix("text_model.") for name in names}
+    if not isinstance(config["target_modules"], list) or wanted != set(config["target_modules"]):
         raise unloadable("target_modules are not the modules of the file")
     wrong = [n for n in names if tensors[f"{prefix}{n}.lora_A.weight"].shape[0] != by_pattern(config, "r", n)]
     if wrong:
@@ -119,11 +132,11 @@ def _peft_config(settings: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return config
 
 
-def _written_header(metadata: Mapping[str, str]) -> Mapping[str, Any]:
-    bare = [key for key in json.loads(metadata["lora_adapter_metadata"]) if not key.startswith("transformer.")]
+def _check_header(metadata: Mapping[str, str], components: Iterable[str]) -> None:
+    begins = tuple(f"{component}." for component in components)
+    bare = [key for key in json.loads(metadata["lora_adapter_metadata"]) if not key.startswith(begins)]
     if bare:
-        raise unloadable(f"header keys without the prefix transformer.: {printable(', '.join(bare))}")
-    return header_config(metadata)
+        raise unloadable(f"header keys without the prefix {' or '.join(begins)}: {printable(', '.join(bare))}")
 
 
 def _check_plain(config: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from loraconv.names import printable
 from loraconv.verifier import file_oracles
 from loraconv.verifier.algebra import column
 from loraconv.verifier.numbers import Held, Pair, difference_norm, product_norm, values
+from loraconv.verifier.pipeline_names import of_pipeline
 
 _SAT_FACTOR = re.compile(
     r"model\.diffusion_model\.transformer\.layers\.(\d+)\.attention\.(query_key_value|dense)\.matrix_([AB])\.(\d+)"
@@ -54,9 +55,28 @@ def sat_pairs(
     return pairs
 
 
+_OLD_SAT_FACTOR = re.compile(r"model\.diffusion_model\.mixins\.[^.]+\.lora_linear\.(\d+)\.([QKVO])_([AB])")
+
+
+def sat_lora_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """SAT's older mixin: ``lora_alpha / r * B @ A`` for q, k, v and the output projection, on one rank."""
+    told = _sat_alpha(settings) if alpha is None else alpha
+    sides: dict[str, dict[str, TensorRef]] = {}
+    for name, ref in ranks[0].items():
+        found = _OLD_SAT_FACTOR.fullmatch(name)
+        if (found is None and ".lora_linear." in name) or len(ranks) > 1:
+            raise _not_covered(name)
+        if found:
+            here = {"Q": "to_q", "K": "to_k", "V": "to_v", "O": "to_out.0"}[found[2]]
+            sides.setdefault(f"transformer_blocks.{found[1]}.attn1.{here}", {})[found[3]] = ref
+    return {module: Pair(s["A"], s["B"], told / s["A"].shape[0]) for module, s in sides.items()}
+
+
 def is_sat_factor(name: str) -> bool:
-    """True for the name of a LoRA factor in a SAT checkpoint."""
-    return _SAT_FACTOR.fullmatch(name) is not None
+    """True for the name of a LoRA factor in a SAT checkpoint, of either mixin."""
+    return any(factor.fullmatch(name) for factor in (_SAT_FACTOR, _OLD_SAT_FACTOR))
 
 
 def _sat_factors(tensors: Tensors) -> dict[tuple[int, str, int], dict[str, TensorRef]]:
@@ -136,15 +156,36 @@ def sat_setting(settings: Mapping[str, Any] | None, key: str) -> Any:
 def diffusers_pairs(
     ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
 ) -> dict[str, Pair]:
-    """diffusers: peft's rule on the header's ``lora_adapter_metadata`` (or finetrainers' ``lora_config``); else 1."""
-    return _peft_like(ranks[0], ("transformer.", ""), header_config(metadata), alpha)
+    """diffusers: peft's rule on the header's ``lora_adapter_metadata`` (or finetrainers' ``lora_config``); else 1.
+
+    A pipeline's components have a configuration each, and names that begin with theirs.
+    """
+    pairs: dict[str, Pair] = {}
+    for component, tensors in by_component(ranks[0]).items():
+        config = header_config(metadata, component)
+        found = _peft_like(tensors, ("transformer.", ""), config, alpha)
+        begin = "" if component == "transformer" else f"{component}."
+        pairs |= {begin + module: pair for module, pair in found.items()}
+    return pairs
 
 
-def header_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """peft's configuration of the transformer, as diffusers takes it out of the header: only what has its prefix."""
+def by_component(tensors: Tensors) -> dict[str, dict[str, TensorRef]]:
+    """The tensors of each component of a UNet's pipeline, without its name; all others are the transformer's."""
+    found: dict[str, dict[str, TensorRef]] = {}
+    for name, ref in tensors.items():
+        component, dot, rest = name.partition(".")
+        if not dot or component not in ("unet", "text_encoder", "text_encoder_2"):
+            component, rest = "transformer", name
+        found.setdefault(component, {})[rest] = ref
+    return found
+
+
+def header_config(metadata: Mapping[str, str], component: str = "transformer") -> dict[str, Any]:
+    """peft's configuration of a component, as diffusers takes it out of the header: only what has its prefix."""
     if "lora_adapter_metadata" in metadata:
         stated: dict[str, Any] = json.loads(metadata["lora_adapter_metadata"])
-        own = {key.removeprefix("transformer."): v for key, v in stated.items() if key.startswith("transformer.")}
+        begin = f"{component}."
+        own = {key.removeprefix(begin): v for key, v in stated.items() if key.startswith(begin)}
         return own or stated
     config: dict[str, Any] = json.loads(metadata.get("lora_config", "{}"))
     return config
@@ -154,7 +195,9 @@ def peft_pairs(
     ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
 ) -> dict[str, Pair]:
     """peft: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``; both patterns are by module name."""
-    return _peft_like(ranks[0], ("base_model.model.",), settings or {}, alpha)
+    pairs = _peft_like(ranks[0], ("base_model.model.",), settings or {}, alpha)
+    of_unet = of_pipeline(list(pairs), {"": "unet"})
+    return dict(zip(of_unet, pairs.values(), strict=True)) if of_unet else file_oracles.of_original_names(pairs)
 
 
 #: In memory the adapter's own name stands in the key; trainers that dump their state leave it there.
@@ -226,12 +269,16 @@ ORACLES: dict[str, Oracle] = {
     "diffusers-old": file_oracles.diffusers_old_pairs,
     "diffusion-pipe": file_oracles.diffusion_pipe_pairs,
     "finetrainers": diffusers_pairs,
+    "genmo": file_oracles.genmo_pairs,
     "kohya": file_oracles.kohya_pairs,
     "onetrainer": file_oracles.onetrainer_pairs,
     "peft": peft_pairs,
     "sat": sat_pairs,
+    "sat-lora": sat_lora_pairs,
     "simpletuner": file_oracles.simpletuner_pairs,
+    "tencent": file_oracles.tencent_pairs,
     "videox-fun": file_oracles.videox_fun_pairs,
+    "xlabs": file_oracles.xlabs_pairs,
 }
 _GROUP = "loraconv.oracles"
 

@@ -179,19 +179,31 @@ _SD3: _Rules = {
     "final_layer_linear": "proj_out",
 }
 
-_MODELS: tuple[_Rules, ...] = (_FLUX, _HUNYUAN_VIDEO, _WAN, _LTX, _MOCHI, _SD3)
+#: XLabs' layers in FLUX's attention processors.
+_XLABS: _Rules = {
+    r"double_blocks_(\d+)_processor_qkv_lora1": [rf"transformer_blocks.\1.attn.{m}" for m in _QKV],
+    r"double_blocks_(\d+)_processor_qkv_lora2": [rf"transformer_blocks.\1.attn.{m}" for m in _ADDED],
+    r"double_blocks_(\d+)_processor_proj_lora1": r"transformer_blocks.\1.attn.to_out.0",
+    r"double_blocks_(\d+)_processor_proj_lora2": r"transformer_blocks.\1.attn.to_add_out",
+    r"single_blocks_(\d+)_processor_qkv_lora": [rf"single_transformer_blocks.\1.attn.{m}" for m in _QKV],
+    r"single_blocks_(\d+)_processor_proj_lora": r"single_transformer_blocks.\1.proj_out",
+}
+
+_MODELS: tuple[_Rules, ...] = (_FLUX, _XLABS, _HUNYUAN_VIDEO, _WAN, _LTX, _MOCHI, _SD3)
 
 #: The words of diffusers' module names that have underscores in them; whatever stands between is one step.
 # fmt: off
 _WORDS = (
     "add_embedding", "add_k_proj", "add_q_proj", "add_v_proj", "caption_proj", "caption_projection",
-    "condition_embedder", "context_embedder", "conv_in", "conv_out", "down_blocks", "ff_context", "guidance_embedder",
-    "image_embedder", "img_in", "img_mlp", "img_mod", "k_proj", "linear_1", "linear_2", "mid_block", "norm1_context",
-    "norm_k", "norm_out", "norm_q", "ofs_embedding", "out_proj", "patch_embed", "patch_embedding", "pos_embed",
-    "proj_in", "proj_mlp", "proj_out", "q_proj", "refiner_blocks", "self_attn", "single_transformer_blocks",
-    "text_embedder", "text_model", "text_proj", "text_projection", "time_embed", "time_embedder", "time_embedding",
-    "time_proj", "time_text_embed", "timestep_embedder", "to_add_out", "to_k", "to_kv", "to_out", "to_q", "to_v",
-    "token_refiner", "transformer_blocks", "txt_in", "txt_mlp", "txt_mod", "up_blocks", "v_proj", "x_embedder",
+    "condition_embedder", "context_embedder", "conv_in", "conv_out", "conv_shortcut", "down_blocks", "ff_context",
+    "guidance_embedder", "image_embedder", "img_in", "img_mlp", "img_mod", "k_proj", "linear_1", "linear_2",
+    "mid_block", "norm1_context", "norm_k", "norm_out", "norm_q", "ofs_embedding", "out_proj", "patch_embed",
+    "patch_embedding", "pos_embed", "position_embedding", "proj_in", "proj_mlp", "proj_out", "q_proj",
+    "refiner_blocks", "self_attn", "single_transformer_blocks", "text_embedder", "text_model", "text_proj",
+    "text_projection", "time_emb_proj", "time_embed", "time_embedder", "time_embedding", "time_proj",
+    "time_text_embed", "timestep_embedder", "to_add_out", "to_k", "to_kv", "to_out", "to_q", "to_v",
+    "token_embedding", "token_refiner", "transformer_blocks", "txt_in", "txt_mlp", "txt_mod", "up_blocks", "v_proj",
+    "x_embedder",
 )
 # fmt: on
 _STEP = re.compile("(" + "|".join(sorted(_WORDS, key=len, reverse=True)) + "|[^_]+)(?:_|$)")
@@ -203,12 +215,18 @@ def here(names: Sequence[str], *, original: bool) -> list[list[Share]]:
     With ``original`` the names are tried as those of each model's own repository, all of them of one model, and after
     that as diffusers' own.
     """
+    found = of_original(names) if original else None
+    return found or [[Share(regrouped(name.replace(".", "_")))] for name in names]
+
+
+def of_original(names: Sequence[str]) -> list[list[Share]] | None:
+    """What :func:`here` says of names that are all of one model's own repository; None if they are not."""
     flat = [name.replace(".", "_") for name in names]
-    for rules in _MODELS if original else ():
+    for rules in _MODELS:
         found = [_by_rules(rules, name) for name in flat]
         if all(found):
             return found
-    return [[Share(regrouped(name))] for name in flat]
+    return None
 
 
 def regrouped(flat: str) -> str:
