@@ -15,7 +15,8 @@ from types import FrameType
 
 import click
 
-from loraconv.cli.commands import root, unprinted
+from loraconv.cli.commands import root
+from loraconv.cli.options import unprinted
 from loraconv.cli.reshaping import COMMANDS
 from loraconv.errors import LoraconvError
 

@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
 from loraconv import __version__
-from loraconv.errors import WriteFailed
+from loraconv.cli.options import output_options, say, words
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -21,13 +19,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 @click.version_option(__version__, prog_name="loraconv")
 def root() -> None:
     """Convert LoRA checkpoints, and prove that the conversion is right."""
-
-
-def _output_options(command: F) -> F:
-    """Options that every command has."""
-    command = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (schema 1).")(command)
-    command = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")(command)
-    return click.option("--debug", is_flag=True, help="Show a traceback if loraconv itself fails.")(command)
 
 
 _CONVERSION = (
@@ -54,46 +45,18 @@ def _conversion_options(command: F) -> F:
     return command
 
 
-def _say(text: str, result: Any, as_json: bool, quiet: bool, notices: Iterable[str] = ()) -> None:
-    if as_json:
-        text = json.dumps(result, indent=1, sort_keys=True)
-    elif quiet:
-        return
-    else:
-        for notice in notices:
-            click.echo(f"notice: {notice}", err=True)
-    if sys.stdout is None:  # closed by the caller, who wants no result
-        return
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as failure:
-        raise unprinted(failure) from None
-
-
-def unprinted(failure: OSError) -> WriteFailed:
-    """The error of a result that standard output does not take."""
-    return WriteFailed(
-        "cannot write to standard output",
-        why=failure.strerror or str(failure),
-        hint="an output folder that was asked for with -o is in place; only the text about it was not printed",
-        slug="stdout",
-    )
-
-
 @root.command()
 @click.argument("src")
 @click.option("--alpha", type=float, metavar="A", help="The lora_alpha it was trained with.")
 @click.option("-v", "--verbose", is_flag=True, help="List every name, folded by layer.")
-@_output_options
+@output_options
 def inspect(src: str, alpha: float | None, verbose: bool, as_json: bool, quiet: bool, debug: bool) -> None:
     """Say what a checkpoint is: format, model, rank, alpha, scale, layers, and everything else in it."""
     from loraconv.describe import inspect as run
     from loraconv.report import text
 
     result = run(src, alpha=alpha)
-    _say(text.summary(result, verbose=verbose), result.to_dict(), as_json, quiet)
+    say(text.summary(result, verbose=verbose), result.to_dict(), as_json, quiet)
 
 
 @root.command()
@@ -108,7 +71,7 @@ def inspect(src: str, alpha: float | None, verbose: bool, as_json: bool, quiet: 
 )
 @click.option("--max-shard-size", default="10GB", show_default=True, help="The size of a base shard.")
 @_conversion_options
-@_output_options
+@output_options
 def sat2diffusers(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Convert a SAT run (folder or .pt) to what diffusers loads at the trained strength."""
     from loraconv.conversion import sat2diffusers as run
@@ -127,7 +90,7 @@ def sat2diffusers(as_json: bool, quiet: bool, debug: bool, **options: Any) -> No
 @click.option("--drop", multiple=True, default=(), metavar="PATTERN", help="Leave keys behind: 'lora_te*'.")
 @click.option("--keep-unknown", is_flag=True, help="Copy tensors that no rule knows, under their own names.")
 @_conversion_options
-@_output_options
+@output_options
 def convert(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Convert an adapter from any known format to any other."""
     from loraconv.conversion import convert as run
@@ -138,7 +101,7 @@ def convert(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
 def _converted(result: Any, as_json: bool, quiet: bool) -> None:
     from loraconv.report import text
 
-    _say(text.conversion(result), result.to_dict(), as_json, quiet, result.notices)
+    say(text.conversion(result), result.to_dict(), as_json, quiet, result.notices)
 
 
 @root.command()
@@ -166,7 +129,7 @@ def _converted(result: Any, as_json: bool, quiet: bool) -> None:
 @click.option("--model", metavar="DIR", help="With --forward: the model's folder, of a transformer or a pipeline.")
 @click.option("--report", metavar="FILE", help="Write an HTML page of it, too, that needs no network.")
 @click.option("--overwrite", is_flag=True, help="Replace FILE even if it is no earlier report of loraconv.")
-@_output_options
+@output_options
 def verify(paths: tuple[str, ...], as_json: bool, quiet: bool, debug: bool, **options: Any) -> int:
     """Prove that A and B are the same adapter, in any formats; A alone: that it is as it was converted.
     With --before and --after: what became of every tensor of a checkpoint. With --base: that a model is the base plus
@@ -178,7 +141,7 @@ def verify(paths: tuple[str, ...], as_json: bool, quiet: bool, debug: bool, **op
     from loraconv.verification import verify as run
 
     result = run(*paths, **options)
-    _say(text.verification(result), result.to_dict(), as_json, quiet)
+    say(text.verification(result), result.to_dict(), as_json, quiet)
     return 0 if result.same else 5
 
 
@@ -199,7 +162,7 @@ def verify(paths: tuple[str, ...], as_json: bool, quiet: bool, debug: bool, **op
 @click.option("--fix", metavar="OUT", help="Write a list of the good samples into this new folder.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output of loraconv.")
 @click.option("-v", "--verbose", is_flag=True, help="List every sample that has a problem.")
-@_output_options
+@output_options
 def check_data(path: str, verbose: bool, as_json: bool, quiet: bool, debug: bool, **options: Any) -> int:
     """Find what is wrong with training data: videos and prompts, latents, or LLaVA's image conversations.
 
@@ -209,7 +172,7 @@ def check_data(path: str, verbose: bool, as_json: bool, quiet: bool, debug: bool
     from loraconv.report import data
 
     result = run(path, **options)
-    _say(data.data(result, verbose=verbose), result.to_dict(), as_json, quiet)
+    say(data.data(result, verbose=verbose), result.to_dict(), as_json, quiet)
     return 0 if result.fine else 4
 
 
@@ -224,7 +187,7 @@ def check_data(path: str, verbose: bool, as_json: bool, quiet: bool, debug: bool
 @click.option("--steps", type=int, metavar="N", help="Train this many steps, whatever the settings say.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint, as if the run had never stopped.")
 @click.option("--dry-run", is_flag=True, help="Say what would be trained and write nothing.")
-@_output_options
+@output_options
 def train(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Train a LoRA, or a whole CogVideoX transformer, and write checkpoints for SAT, diffusers and peft."""
     from loraconv.cli.progress import training_progress
@@ -234,12 +197,7 @@ def train(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     with training_progress(not (as_json or quiet)):
         result = run(**options)
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first one speaks
-        _say(training(result), result.to_dict(), as_json, quiet, result.notices)
-
-
-def _words(_context: click.Context, _option: click.Parameter, value: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Words with commas between them, as a tuple."""
-    return value if isinstance(value, tuple) else tuple(word.strip() for word in value.split(","))
+        say(training(result), result.to_dict(), as_json, quiet, result.notices)
 
 
 @root.command()
@@ -247,14 +205,14 @@ def _words(_context: click.Context, _option: click.Parameter, value: str | tuple
 @click.option(
     "--through",
     type=click.UNPROCESSED,
-    callback=_words,
+    callback=words,
     default=("diffusers", "peft"),
     show_default="diffusers,peft",
     metavar="FORMATS",
     help="The formats to go through, in this order, with commas between them.",
 )
 @click.option("--alpha", type=float, metavar="A", help="The lora_alpha of SRC, where its files do not say it.")
-@_output_options
+@output_options
 def roundtrip(as_json: bool, quiet: bool, debug: bool, **options: Any) -> int:
     """Convert an adapter through other formats and back, and prove that it is the same bit for bit.
 
@@ -264,7 +222,7 @@ def roundtrip(as_json: bool, quiet: bool, debug: bool, **options: Any) -> int:
     from loraconv.roundtripping import roundtrip as run
 
     result = run(**options)
-    _say(text.roundtrip(result), result.to_dict(), as_json, quiet)
+    say(text.roundtrip(result), result.to_dict(), as_json, quiet)
     return 0 if result.same else 5
 
 
@@ -293,7 +251,7 @@ def roundtrip(as_json: bool, quiet: bool, debug: bool, **options: Any) -> int:
 @click.option("--nearest", is_flag=True, help="Accept a model-parallel LoRA: add the nearest single adapter.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output of loraconv.")
 @click.option("--dry-run", is_flag=True, help="Say what would be fused and write nothing.")
-@_output_options
+@output_options
 def fuse(adapters: tuple[str, ...], as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Add adapters to a model's weights, at the scale they were trained with, each at its own strength."""
     from loraconv.cli.progress import byte_progress
@@ -302,7 +260,7 @@ def fuse(adapters: tuple[str, ...], as_json: bool, quiet: bool, debug: bool, **o
 
     with byte_progress("loraconv.fusion", not (as_json or quiet)):
         result = run(*adapters, **options)
-    _say(fused(result), result.to_dict(), as_json, quiet, result.notices)
+    say(fused(result), result.to_dict(), as_json, quiet, result.notices)
 
 
 @root.command()
@@ -310,7 +268,7 @@ def fuse(adapters: tuple[str, ...], as_json: bool, quiet: bool, debug: bool, **o
 @click.option("-o", "--out", required=True, help="The folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output of loraconv.")
 @click.option("--dry-run", is_flag=True, help="Check what can be restored and write nothing.")
-@_output_options
+@output_options
 def unfuse(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Turn a fused model back into its base, bit for bit, from the journal written beside it."""
     from loraconv.cli.progress import byte_progress
@@ -319,28 +277,28 @@ def unfuse(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
 
     with byte_progress("loraconv.unfusing", not (as_json or quiet)):
         result = run(**options)
-    _say(unfused(result), result.to_dict(), as_json, quiet)
+    say(unfused(result), result.to_dict(), as_json, quiet)
 
 
 @root.command()
 @click.argument("name", required=False)
-@_output_options
+@output_options
 def formats(name: str | None, as_json: bool, quiet: bool, debug: bool) -> None:
     """List the formats known and what each can carry."""
     from loraconv.catalog import formats as run
     from loraconv.report import text
 
     infos = run(name)
-    _say(text.catalogue(infos), {"schema": 1, "formats": [i.to_dict() for i in infos]}, as_json, quiet)
+    say(text.catalogue(infos), {"schema": 1, "formats": [i.to_dict() for i in infos]}, as_json, quiet)
 
 
 @root.command()
 @click.option("-o", "--out", help="Keep the converted adapter here [default: a temporary folder].")
-@_output_options
+@output_options
 def demo(out: str | None, as_json: bool, quiet: bool, debug: bool) -> None:
     """Do the main job on a checkpoint that ships with loraconv: inspect, convert, prove."""
     from loraconv.demonstration import demo as run
     from loraconv.report import text
 
     result = run(out=out)
-    _say(text.demonstration(result), result.to_dict(), as_json, quiet)
+    say(text.demonstration(result), result.to_dict(), as_json, quiet)

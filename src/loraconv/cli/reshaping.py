@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from loraconv.cli.commands import _output_options, _say, _words
+from loraconv.cli.options import output_options, say, words
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,7 +28,7 @@ def _dtype(default: str) -> Callable[[F], F]:
 def _done(result: Any, as_json: bool, quiet: bool) -> None:
     from loraconv.report.reshape import reshaped
 
-    _say(reshaped(result), result.to_dict(), as_json, quiet, result.notices)
+    say(reshaped(result), result.to_dict(), as_json, quiet, result.notices)
 
 
 @click.command()
@@ -41,7 +41,7 @@ def _done(result: Any, as_json: bool, quiet: bool) -> None:
 @_STRICT
 @_OVERWRITE
 @_DRY_RUN
-@_output_options
+@output_options
 def merge(adapters: tuple[str, ...], as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Make one adapter that adds what several add together, each at its own strength."""
     from loraconv.reshaping import merge as run
@@ -61,7 +61,7 @@ def merge(adapters: tuple[str, ...], as_json: bool, quiet: bool, debug: bool, **
 @_STRICT
 @_OVERWRITE
 @_DRY_RUN
-@_output_options
+@output_options
 def resize(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Cut an adapter to a smaller rank, to an energy or to an error, and state what that costs in each module."""
     from loraconv.reshaping import resize as run
@@ -82,7 +82,7 @@ def resize(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
 @_dtype("fp32")
 @_OVERWRITE
 @_DRY_RUN
-@_output_options
+@output_options
 def extract(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Make a LoRA of what a full fine-tune changed in its base, and state what the rank costs in each module."""
     from loraconv.reshaping import extract as run
@@ -103,7 +103,7 @@ def extract(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
 @click.option(
     "--layers",
     type=click.UNPROCESSED,
-    callback=_words,
+    callback=words,
     default=(),
     metavar="RANGES",
     help="One part for each of these ranges, with commas between them: 0-13,14-27.",
@@ -112,7 +112,7 @@ def extract(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
 @_STRICT
 @_OVERWRITE
 @_DRY_RUN
-@_output_options
+@output_options
 def split(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Split an adapter into several of the same format; every factor keeps its bytes, and nothing is lost."""
     from loraconv.reshaping import split as run
