@@ -1,6 +1,6 @@
 """The file of Genmo's own Mochi fine-tuning: original names without a prefix, factors without ``.weight``.
 
-Facts: genmoai/mochi ``demos/fine_tuner``; comfyanonymous/ComfyUI ``comfy/lora.py``, which calls it the official format.
+Facts: comfyanonymous/ComfyUI ``comfy/lora.py``, which calls it the official format of Mochi.
 """
 
 from loraconv.rules import Dialect
@@ -19,5 +19,5 @@ GENMO = Dialect(
     default_why="no tensor says it, and ComfyUI applies scale 1 (alpha = rank)",
     read_only="ComfyUI reads it for Mochi alone: use --to comfyui",
     carries=("any module", "a rank for each module"),
-    facts="comfyanonymous/ComfyUI comfy/lora.py; genmoai/mochi demos/fine_tuner",
+    facts="comfyanonymous/ComfyUI comfy/lora.py",
 )

@@ -1,7 +1,6 @@
 """The file of XLabs' FLUX trainer: LoRA in the processors of the attention, q, k and v in one.
 
-Facts: XLabs-AI/x-flux ``src/flux/modules/layers.py``; huggingface/diffusers ``loaders/lora_conversion_utils.py``. The
-trainer has no alpha, so its scale is 1.
+Facts: huggingface/diffusers ``loaders/lora_conversion_utils.py``, which applies scale 1; the file has no alpha.
 """
 
 from loraconv.rules import Dialect
@@ -17,8 +16,8 @@ XLABS = Dialect(
     components={"transformer": ""},
     spellings=("xlabs",),
     default_alpha="rank",
-    default_why="XLabs' trainer and its loaders apply scale 1",
+    default_why="diffusers applies scale 1 (alpha = rank) to such a file",
     read_only="it holds the attention alone: use --to diffusers, or --to comfyui",
     carries=("attention projections, and those out of single blocks", "a rank for each module"),
-    facts="XLabs-AI/x-flux src/flux/modules/layers.py; huggingface/diffusers loaders/lora_conversion_utils.py",
+    facts="huggingface/diffusers src/diffusers/loaders/lora_conversion_utils.py",
 )
