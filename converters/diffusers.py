@@ -21,6 +21,9 @@ DIFFUSERS = Dialect(
     " trainer did not (CogVideo's finetune/ has alpha 64 and rank 128 unless told otherwise, and writes neither)",
     every_consumer_reads_alpha=False,
     carries=("any module", "a rank for each module", "alpha in the header (read by diffusers 0.34 and later)"),
-    cannot_carry=("alpha for consumers that ignore the header: loraconv folds the scale into lora_B",),
+    cannot_carry=(
+        "alpha for consumers that ignore the header: loraconv folds the scale into lora_B",
+        "DoRA, LoHa, LoKr and full differences: --approximate svd makes the nearest LoRA of the last three",
+    ),
     facts="huggingface/diffusers src/diffusers/loaders/lora_base.py, peft.py",
 )

@@ -37,6 +37,7 @@ PEFT = Dialect(
         "task_type": None,
     },
     any_model=True,
-    carries=("any module", "a rank and an alpha for each module", "rsLoRA"),
+    carries=("any module", "a rank and an alpha for each module", "rsLoRA", "DoRA with a magnitude for each row"),
+    cannot_carry=("LoHa, LoKr and full differences in a LoRA's folder: --approximate svd makes the nearest LoRA",),
     facts="huggingface/peft src/peft/tuners/lora, src/peft/utils/save_and_load.py",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import loraconv
 from loraconv.detect import detect
-from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError, UsageError
+from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError, ProofFailed, UsageError
 from loraconv.source import open_source
 from loraconv.verifier.numbers import Held, Pair, Tensor, values
 from loraconv.verifier.oracles import pairs_of
@@ -505,3 +506,56 @@ def test_the_bias_of_a_peft_lora_is_fused_as_peft_does(tmp_path: Path) -> None:
     after = load_file(tmp_path / "out" / WEIGHTS)
     for name, weight in model.merge_and_unload().state_dict().items():
         assert (after[name] - weight).norm() <= 1e-6 * weight.norm()
+
+
+# --- a wrong output does not pass its proof ---------------------------------------------------------------------------
+
+
+def test_magnitudes_of_another_module_do_not_pass_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loraconv import renaming
+
+    def shifted(*_: Any) -> list[Any]:
+        outputs = written(*_)
+        return [replace(o, tensor=outputs[n - 1].tensor) for n, o in enumerate(outputs)]
+
+    written = renaming._written
+    monkeypatch.setattr(renaming, "_written", shifted)
+    saved("dora", tmp_path / "in")
+    with pytest.raises(ProofFailed, match="magnitudes of DoRA"):
+        loraconv.convert(tmp_path / "in" / "lycoris.safetensors", out=tmp_path / "out", to="peft")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_renamed_tensor_of_another_side_does_not_pass_the_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraconv import renaming
+
+    def swapped(target: Any, module: str, side: str) -> str:
+        return spelled(target, module, {"hada_w1_a": "hada_w2_a", "hada_w2_a": "hada_w1_a"}.get(side, side))
+
+    spelled = renaming._spelled
+    monkeypatch.setattr(renaming, "_spelled", swapped)
+    saved("loha", tmp_path / "in")
+    with pytest.raises(ProofFailed, match="another delta"):
+        loraconv.convert(tmp_path / "in" / "lycoris.safetensors", out=tmp_path / "out", to="comfyui")
+
+
+@pytest.mark.parametrize(("options", "match"), [({"rank": 2}, "nearer"), ({"max_error": 0.3}, "nearer")], ids=str)
+def test_an_approximation_that_is_not_the_nearest_does_not_pass_its_proof(
+    options: dict[str, Any], match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraconv import approximating
+
+    def unsorted(one: Any, other: Any) -> Any:
+        whole = kron(one, other)
+        left, right = whole.vectors(len(whole.values))
+        return approximating.Decomposed(whole.values, lambda rank: (left[:, ::-1][:, :rank], right[:, ::-1][:, :rank]))
+
+    kron = approximating._kron
+    monkeypatch.setattr(approximating, "_kron", unsorted)
+    saved("lokr-full", tmp_path / "in")
+    with pytest.raises(ProofFailed, match=match):
+        loraconv.convert(
+            tmp_path / "in" / "lycoris.safetensors", out=tmp_path / "out", to="peft", approximate="svd", **options
+        )
