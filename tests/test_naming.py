@@ -16,7 +16,8 @@ from loraconv.io.safetensors_read import read_safetensors
 from loraconv.lazy import Number, Padded, Rows, TensorRef, Zeros, read
 from loraconv.naming import Naming, Vocabulary, components, namings
 from loraconv.registry import dialects, families
-from loraconv.rules import Rename, fill
+from loraconv.rules import Family, Rename, fill
+from loraconv.verifier.original_names import here
 from tests.dialect_files import FORMATS, MODELS, READ_ONLY, write
 
 WAYS = [
@@ -43,6 +44,30 @@ def test_every_module_has_a_name_of_its_own_that_leads_back_to_it(way: Naming) -
         assert back is not None
         again = fill(back[0].targets[part], back[1])
         assert again == module if told else again.partition(".")[2] == module.partition(".")[2]
+
+
+ORIGINAL = [f for f in families() if "original" in f.spellings and f.component == "transformer"]
+
+
+def rows_of(chunks: tuple[int, ...], of: int) -> list[int]:
+    """The rows that these equal chunks of 840 have, in their order."""
+    return [row for n in chunks for row in range(n * 840 // of, (n + 1) * 840 // of)]
+
+
+@pytest.mark.parametrize("family", ORIGINAL, ids=lambda family: family.name)
+def test_the_proof_and_the_table_say_the_same_of_every_original_name(family: Family) -> None:
+    fields = {"i": "7", "j": "3"}
+    rules = family.spellings["original"].rules
+    said = here([fill(rule.there, fields) for rule in rules], original=True)
+    for rule, shares in zip(rules, said, strict=True):
+        for ratio in {1.0, getattr(rule, "ratio", 1.0)}:
+            columns = int(840 / ratio)
+            pieces = rule.pieces(840, columns)
+            table = {
+                fill(t, fields): rows_of(n, sum(map(len, pieces))) for t, n in zip(rule.targets, pieces, strict=True)
+            }
+            proof = {s.module: rows_of(s.chunks, s.of) for s in (share.sized(840, columns) for share in shares)}
+            assert proof == {module: rows for module, rows in table.items() if rows}, rule
 
 
 def rename(name: str) -> tuple[str, tuple[Rename, int]]:

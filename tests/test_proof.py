@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -20,10 +20,11 @@ import loraconv
 from loraconv import base, conversion, jobs, ranks, registry
 from loraconv.errors import CorruptCheckpoint, FormatError, ProofFailed
 from loraconv.fold import cast
-from loraconv.lazy import Lazy, TensorRef, decode, encode
+from loraconv.lazy import Lazy, TensorRef, decode, encode, read
 from loraconv.plan import Plan
 from loraconv.rules import Dialect
 from loraconv.source import open_source
+from loraconv.verifier import base as proof_of_base
 from loraconv.verifier import check
 from loraconv.verifier.config import expected_config
 from loraconv.verifier.numbers import HALF_ULP, Expectation, Held, Pair, compare, relative_error, slack
@@ -106,6 +107,21 @@ BASE_MISTAKES: dict[str, Callable[[Tensors], Tensors]] = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(RunSpec(variant="2b", rank=4, num_layers=2), tmp_path_factory.mktemp("run"))
+
+
+def test_a_mistake_in_a_base_that_changes_nothing_counts_for_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "transformer_blocks.0.attn1.to_q.weight"
+
+    def mistakes(stored: dict[str, Lazy]) -> Iterator[tuple[str, Callable[[], dict[str, Held]]]]:
+        array, dtype = read(stored[name]), stored[name].dtype
+        yield "none", lambda: {name: Held(array, dtype)}
+        yield "doubled", lambda: {name: Held(array * 2, dtype)}
+
+    monkeypatch.setattr(proof_of_base, "_mistakes", mistakes)
+    result = loraconv.sat2diffusers(run, out=tmp_path / "out", what="base")
+    assert [control.caught for control in result.proofs[0].controls] == [None, True]
 
 
 def write_wrongly(monkeypatch: pytest.MonkeyPatch, mistake: Callable[[Tensors], Tensors]) -> None:

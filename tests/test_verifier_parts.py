@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import loraconv
 from loraconv.errors import ProofFailed
+from loraconv.registry import dialects
 from loraconv.verifier.changes.renames import match_content, match_names
 from loraconv.verifier.config import expected_config
 from loraconv.verifier.consumers.inputs import COMPUTE, described, distance, make_inputs, rounding_bound
@@ -29,6 +30,7 @@ from loraconv.verifier.delta import compare_adapters, delta_norm, relative_room
 from loraconv.verifier.fused.controls import OneBit
 from loraconv.verifier.fused.figures import LAYOUT, Figures, spacing
 from loraconv.verifier.fused.figures import truncated as cut_off
+from loraconv.verifier.loadable import adapter_file
 from loraconv.verifier.numbers import HALF_ULP, Expectation, Held, Pair, compare, relative_error
 from loraconv.verifier.oracles import peft_pairs, rank_distances, sat_pairs
 from loraconv.verifier.origin import source_record
@@ -499,3 +501,13 @@ def test_a_forward_check_passes_where_both_errors_are_within_the_bound(live: flo
     check = ForwardCheck(live=live, base=base, effect=9.0, bound=1)
     assert check.passed is passed
     assert check.to_dict() == {"live": live, "base": base, "effect": 9.0, "bound": 1, "passed": passed}
+
+
+# --- what a consumer opens ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [table.name for table in dialects() if not table.read_only])
+def test_a_file_that_no_consumer_looks_for_is_no_output(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("1")
+    with pytest.raises(ProofFailed, match=r"adapter\.safetensors"):
+        adapter_file(kind, tmp_path, ["adapter.safetensors"])
