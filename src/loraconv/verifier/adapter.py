@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from loraconv.names import fold_names
 from loraconv.verifier.controls import adapter_controls
-from loraconv.verifier.numbers import Expectation, Held, Pair, compare, relative_error, same_bytes
+from loraconv.verifier.numbers import Expectation, Held, Outcome, Pair, compare, relative_error, same_bytes
+from loraconv.verifier.parallel import in_parallel
 from loraconv.verifier.proof import Check, Proof
 
 Pairs = Mapping[str, Pair]
@@ -30,7 +32,11 @@ def check_adapter(expected: Expectation, stored: Pairs) -> list[Check]:
     names = _names(expected, stored)
     if not names.passed:
         return [names]
-    return [names, _copied_bytes(expected.pairs, stored), _delta(expected.pairs, stored)]
+    pairs = expected.pairs
+    seen = list(in_parallel(lambda module: _look(module, pairs[module], stored[module]), pairs))
+    inexact = [one.module for one in seen if not one.outcome.equal]
+    figures = dict(zip(inexact, in_parallel(lambda m: relative_error(pairs[m], stored[m]), inexact), strict=True))
+    return [names, _copied_bytes(seen), _delta(seen, figures)]
 
 
 def _first_failure(expected: Expectation, stored: Pairs) -> str:
@@ -38,10 +44,34 @@ def _first_failure(expected: Expectation, stored: Pairs) -> str:
     names = _names(expected, stored)
     if not names.passed:
         return "L0 names, shapes and dtypes"
-    if not _copied_bytes(expected.pairs, stored).passed:
+    seen = [_look(module, pair, stored[module]) for module, pair in expected.pairs.items()]
+    if not _copied_bytes(seen).passed:
         return "L1 bytes"
-    right = all(compare(pair, stored[module]).within for module, pair in expected.pairs.items())
-    return "" if right else "L2 delta"
+    return "" if all(one.outcome.within for one in seen) else "L2 delta"
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One module: how many of its factors are ``renamed`` only, those of them with ``other`` bytes, and whether the
+    numbers are the same."""
+
+    module: str
+    renamed: int
+    other: tuple[str, ...]
+    outcome: Outcome
+
+
+def _look(module: str, pair: Pair, stored: Pair) -> _Seen:
+    """Factors that keep dtype and scale must be the same bytes; then the same numbers need no second look."""
+    sides = [("down", pair.down, stored.down)]
+    if pair.scale == stored.scale:
+        sides.append(("up", pair.up, stored.up))
+    kept = [(side, one, two) for side, one, two in sides if not isinstance(one, Held) and not isinstance(two, Held)]
+    renamed = [(side, one, two) for side, one, two in kept if one.dtype == two.dtype]
+    other = tuple(f"{module}.{side}" for side, one, two in renamed if not same_bytes(one, two))
+    if len(renamed) == 2 and not other:
+        return _Seen(module, 2, (), Outcome(True, True))
+    return _Seen(module, len(renamed), other, compare(pair, stored))
 
 
 def _names(expected: Expectation, stored: Pairs) -> Check:
@@ -55,34 +85,22 @@ def _names(expected: Expectation, stored: Pairs) -> Check:
     return Check("L0", "every module, shape and dtype", not wrong, len(expected.pairs), detail=detail)
 
 
-def _copied_bytes(expected: Pairs, stored: Pairs) -> Check:
-    """Factors that keep dtype and scale must be the same bytes."""
-    count, wrong = 0, []
-    for module, pair in expected.items():
-        other = stored[module]
-        sides = [("down", pair.down, other.down)]
-        if pair.scale == other.scale:
-            sides.append(("up", pair.up, other.up))
-        for side, one, two in sides:
-            if isinstance(one, Held) or isinstance(two, Held) or one.dtype != two.dtype:
-                continue
-            count += 1
-            if not same_bytes(one, two):
-                wrong.append(f"{module}.{side}")
+def _copied_bytes(seen: Sequence[_Seen]) -> Check:
+    wrong = [name for one in seen for name in one.other]
     detail = f"other bytes in {'; '.join(fold_names(wrong)[:4])}" if wrong else ""
+    count = sum(one.renamed for one in seen)
     return Check("L1", "bytes of factors that are only renamed", not wrong, count, detail=detail)
 
 
-def _delta(expected: Pairs, stored: Pairs) -> Check:
-    outcomes = {module: compare(pair, stored[module]) for module, pair in expected.items()}
-    inexact = {m: relative_error(expected[m], stored[m]) for m, outcome in outcomes.items() if not outcome.equal}
-    wrong = [module for module, outcome in outcomes.items() if not outcome.within]
-    detail = f"{len(outcomes) - len(inexact)} of {len(outcomes)} equal number for number"
+def _delta(seen: Sequence[_Seen], figures: Mapping[str, tuple[float, float]]) -> Check:
+    """``figures``: the relative error and its bound of the modules that are not equal number for number."""
+    wrong = [one.module for one in seen if not one.outcome.within]
+    detail = f"{sum(one.outcome.equal for one in seen)} of {len(seen)} equal number for number"
     if wrong:
         detail = f"another delta in {'; '.join(fold_names(wrong)[:4])}"
-    error = max((error for error, _ in inexact.values()), default=0.0)
-    bound = max((bound for _, bound in inexact.values()), default=0.0)
-    return Check("L2", "delta of every module in float64", not wrong, len(outcomes), error, bound, detail)
+    error = max((error for error, _ in figures.values()), default=0.0)
+    bound = max((bound for _, bound in figures.values()), default=0.0)
+    return Check("L2", "delta of every module in float64", not wrong, len(seen), error, bound, detail)
 
 
 def unread_scale(stored: Pairs) -> Check:

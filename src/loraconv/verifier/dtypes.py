@@ -32,7 +32,9 @@ def expected_dtypes(source: Pairs, stored: Pairs, dtype: str | None, recorded: M
         wide = "F64" if pair.up.dtype == "F64" else "F32"
         made[module] = (wide, wide) if widened else (pair.down.dtype, pair.up.dtype)
         before = recorded.get(module, recorded.get(""))
-        if before is not None and module in both and _narrowed_back(*both[module], before):
+        if before is None or module not in both or made[module] == (before, before):
+            continue
+        if _narrowed_back(*both[module], before):
             made[module] = (before, before)
     return made
 
