@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import random
-import sys
 import zlib
 
 import pytest
@@ -33,10 +31,3 @@ def test_the_checksum_is_that_of_zlib_whoever_computes_it(size: int) -> None:
     data = random.Random(size).randbytes(size)
     assert crc.crc32(data) == zlib.crc32(data)
     assert crc.crc32(memoryview(data)[size // 3 :], crc.crc32(data[: size // 3])) == zlib.crc32(data)
-
-
-def test_the_checksum_needs_no_zlib_ng(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "zlib_ng.zlib_ng", None)
-    assert importlib.reload(crc).crc32 is zlib.crc32
-    monkeypatch.undo()
-    importlib.reload(crc)

@@ -14,10 +14,10 @@ _ONE_OF_SEVERAL = re.compile(r".*-\d{5}-of-(?!00001)\d{5}\.\w+", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """``stem`` is what names of weights begin with, ``suffix`` what they end with; ``written`` the stem of new files,
-    which are always safetensors."""
+    """``package`` is whose names these are; ``stem`` is what names of weights begin with, ``suffix`` what they end
+    with; ``written`` the stem of new files, which are always safetensors."""
 
-    library: str
+    package: str
     stem: str
     suffix: str
     written: str
@@ -55,9 +55,8 @@ class Layout:
         return begins and more in name and name.endswith(".json")
 
     def _plain(self, name: str) -> bool:
-        return self.library == "diffusers" or name[len(self.stem) :].startswith(
-            (".", "-")
-        )  # not model_states or modelling
+        # Not model_states or modelling.
+        return self.package == "diffusers" or name[len(self.stem) :].startswith((".", "-"))
 
 
 DIFFUSERS = Layout("diffusers", "diffusion_pytorch_model", ".safetensors", "diffusion_pytorch_model")

@@ -83,7 +83,7 @@ def settings_of(model: Model, dtype: str | None, *, other: bool) -> dict[str, st
     the weights.
     """
     config = model.config
-    if config is None or not (other or model.layout.library == "transformers"):
+    if config is None or not (other or model.layout.package == "transformers"):
         return {}
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config else "dtype"

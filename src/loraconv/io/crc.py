@@ -1,4 +1,4 @@
-"""CRC-32, by zlib-ng where that is installed, and of a whole out of its parts.
+"""CRC-32 by zlib-ng, and that of a whole out of those of its parts.
 
 zlib-ng computes the same checksum with the processor's carry-less multiplication, ten times as fast as most builds of
 zlib. The arithmetic of the parts is that of polynomials over GF(2) modulo the CRC-32 polynomial (as zlib's
@@ -9,10 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-try:
-    from zlib_ng.zlib_ng import crc32
-except ImportError:  # the extra ``fast`` was not asked for
-    from zlib import crc32
+from zlib_ng.zlib_ng import crc32
 
 __all__ = ["combine", "crc32"]
 
