@@ -6,6 +6,7 @@ Truth here: fractions of whole numbers, and a table of all numbers of a 16-bit d
 from __future__ import annotations
 
 import bisect
+import shutil
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
@@ -76,6 +77,17 @@ def exact_sum(base: torch.Tensor, terms: Sequence[Given]) -> list[list[Fraction]
 
 
 # --- what is tested -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True, params=["compiled", "numpy"])
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test, with and without the compiled part."""
+    if request.param == "numpy":
+        monkeypatch.setattr(merging, "_rounding", None)
+    elif merging._rounding is None:
+        assert not shutil.which("cc"), "there is a compiler, but loraconv was installed without its compiled parts"
+        pytest.skip("COMPILED SUMS NOT TESTED: there is no C compiler, so that they were not built")
+    return str(request.param)
 
 
 def reference(folder: Path, tensor: torch.Tensor, name: str = "w") -> TensorRef:
@@ -266,8 +278,36 @@ def test_all_three_ways_to_a_number_agree(case: Case, dtype: str, monkeypatch: p
         assert merge_rows(raw, ref, factors, dtype) == want
     monkeypatch.setattr(merging, "_MANY", -1.0)  # everything in float64
     assert merge_rows(raw, ref, factors, dtype) == want
-    monkeypatch.setattr(merging, "_keeps_subnormals", lambda: False)
+    monkeypatch.setattr(merging, "keeps_subnormals", lambda: False)
     assert merge_rows(raw, ref, factors, dtype) == want
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize("stored", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("width", [1, 7, 1024, 1031])
+def test_compiled_and_numpy_leave_the_same_elements_open(
+    tmp_path: Path, stored: str, dtype: str, width: int, arithmetic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same product, with numbers of all sizes, zeros, and such as the dtype cannot hold."""
+    if arithmetic == "numpy":
+        return
+    sizes = 2.0 ** normal(9, 16, width, std=8.0).clamp(-40, 14.5)
+    base = (normal(1, 16, width) * sizes).to(DTYPES[stored])
+    base[::5, ::3] = 0
+    ref = reference(tmp_path, torch.nan_to_num(base, posinf=0, neginf=0))
+    up, down, factor = pair(2, 16, width, 6, 0.3, torch.float32, Fraction(1, 3))
+    factors = stack([Term(reference(tmp_path, up, "u"), reference(tmp_path, down, "d"), factor)])
+    monkeypatch.setattr(merging, "_MANY", 2.0)
+    monkeypatch.setattr(merging, "_SOME", 2.0)
+    raw = b"".join(ref.pieces())
+    with np.errstate(all="ignore"):
+        bits, doubtful = merging._sum_single(raw, ref, factors, dtype)
+        monkeypatch.setattr(merging, "_rounding", None)
+        want, open_ = merging._sum_single(raw, ref, factors, dtype)
+    assert np.array_equal(doubtful, open_)
+    settled = np.setdiff1d(np.arange(bits.size), doubtful)
+    assert np.array_equal(bits.reshape(-1)[settled], want.reshape(-1)[settled])
+    assert width < 1000 or 0 < len(doubtful) < bits.size
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
@@ -295,6 +335,52 @@ def test_most_numbers_are_settled_in_float32(tmp_path: Path, size: float, dtype:
     with np.errstate(all="ignore"):
         bits, doubtful = merging._sum_single(b"".join(ref.pieces()), ref, factors, dtype)
     assert 0 < len(doubtful) < 0.01 * bits.size
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_nearer_to_a_tie_than_the_error_stays_open(arithmetic: str, dtype: str, sign: int) -> None:
+    """The compiled part alone: sums of one product that lie ever closer to the middle of two numbers of the dtype."""
+    if merging._rounding is None:
+        return
+    digits, error = {"F16": (10, 2.0**-30), "BF16": (7, 2.0**-30)}[dtype]
+    tie = 1 + 2.0 ** -(digits + 1)
+    offsets = np.array([side * error * far for side in (1, -1) for far in (0.0, 0.5, 0.9, 1.1, 2.0)])
+    down = sign * (tie + offsets)
+    base, bits = np.zeros(len(down), "<u2"), np.full(len(down), 7, np.uint16)
+    places, ones = np.arange(len(down)), np.ones(len(down))
+    left = merging._rounding.settle(base, dtype, np.ones(1), down, np.ones(1), ones, error, dtype, bits, places)
+    close = np.abs(offsets) < error
+    assert places[:left].tolist() == np.flatnonzero(close).tolist()
+    assert (bits[close] == 7).all()
+    above = {"F16": 0x3C01, "BF16": 0x3F81}[dtype]
+    assert (bits[~close] == (above - (offsets[~close] < 0)) | (0x8000 if sign < 0 else 0)).all()
+
+
+def test_places_outside_of_the_block_are_refused(arithmetic: str) -> None:
+    if merging._rounding is None:
+        return
+    for place in (-1, 4):
+        ones = np.ones(4)
+        rest = (np.ones(1), ones, np.ones(1), ones, 0.0, "F16", np.zeros(4, np.uint16), np.array([0, place]))
+        with pytest.raises(ValueError, match="belong"):
+            merging._rounding.settle(np.zeros(4, "<u2"), "F16", *rest)
+    four, five = np.ones(4, np.float32), np.ones(5, np.float32)
+    made = "F16", np.zeros(4, np.uint16), np.zeros(1, np.int64)
+    with pytest.raises(ValueError, match="belong"):  # five products for four sums
+        merging._rounding.round_sums(np.zeros(4, "<u2"), "F16", five, four, *made)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_one_sum_of_many_that_the_dtype_cannot_hold_is_an_error(tmp_path: Path, dtype: str) -> None:
+    largest = float(torch.finfo(DTYPES[dtype]).max)
+    base = normal(1, 100, 100, std=largest / 100, dtype=DTYPES[dtype])
+    base[50, 50] = largest
+    up, down = torch.zeros(100, 1, dtype=torch.float64), torch.ones(1, 100, dtype=torch.float64)
+    up[50] = largest / 64
+    with pytest.raises(CorruptCheckpoint) as error:
+        merged(tmp_path, base, [(up, down, Fraction(1))], dtype)
+    assert error.value.slug == "overflow"
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ peft fuse too. Nothing of the library makes an expected value.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -821,6 +822,11 @@ def test_rounding_is_judged_exactly_at_the_edges_of_the_dtype(tmp_path: Path, dt
 
 def judged(folder: Path, base: Any, up: Any, down: Any, stored: Any, dtype: str) -> int:
     """How many elements the proof counts as not the nearest."""
+    return int(figures(folder, base, up, down, stored, dtype).misrounded)
+
+
+def figures(folder: Path, base: Any, up: Any, down: Any, stored: Any, dtype: str) -> Any:
+    """What the proof counts in one weight."""
     from loraconv.io.input_file import InputFile
     from loraconv.io.safetensors_read import read_safetensors
     from loraconv.verifier.fused.rounding import Delta, measure
@@ -829,7 +835,7 @@ def judged(folder: Path, base: Any, up: Any, down: Any, stored: Any, dtype: str)
     save_file(tensors, folder / "edges.safetensors")
     with InputFile(folder / "edges.safetensors") as file:
         found = read_safetensors(file).tensors
-        return measure(found["base"], found["stored"], Delta.of(up, down)).misrounded
+        return measure(found["base"], found["stored"], Delta.of(up, down))
 
 
 @pytest.mark.parametrize("rank", [16, 160])
@@ -847,6 +853,65 @@ def test_what_float32_rounds_wrongly_is_counted_in_every_block(
     assert expected > 3
     assert judged(tmp_path, base, up.astype(np.float64), down.astype(np.float64), stored, dtype) == expected
     assert judged(tmp_path, base, up.astype(np.float64), down.astype(np.float64), right, dtype) == 0
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-5])
+def test_compiled_and_numpy_count_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, size: float
+) -> None:
+    """Numbers that are right, off by a little, infinite, and below the smallest normal number."""
+    from loraconv.verifier.fused import rounding
+
+    if rounding._cells is None:
+        assert not shutil.which("cc"), "there is a compiler, but loraconv was installed without its compiled parts"
+        pytest.skip("COMPILED COMPARISON NOT TESTED: there is no C compiler, so that it was not built")
+    rng = np.random.default_rng(3)
+    base = nearest(rng.normal(size=(90, 1030)) * size, dtype)
+    up, down = rng.normal(size=(90, 20)) * size / 8, rng.normal(size=(20, 1030)) / 8
+    right = nearest(base + up @ down, dtype)
+    slightly = right.copy()
+    slightly[::7, ::11] = nearest(right[::7, ::11] * (1 + 2.0**-7), dtype)
+    broken = slightly.copy()
+    broken[5, 6], broken[7, 1029] = np.inf, np.nan
+    for stored in (right, slightly, broken):
+        folder = tmp_path / f"{id(stored)}"
+        folder.mkdir()
+        found = figures(folder, base, up, down, stored, dtype)
+        with monkeypatch.context() as patched:
+            patched.setattr(rounding, "_cells", None)
+            want = figures(folder, base, up, down, stored, dtype)
+        counts = ("elements", "misrounded", "wrong", "far", "nonfinite", "changed", "ulps", "worst")
+        assert [getattr(found, n) for n in counts] == [getattr(want, n) for n in counts]
+        if stored is not broken:
+            assert found.misrounded == np.count_nonzero(stored != right)
+        sums = [(f.along, f.size, f.rest) for f in (found, want)]
+        assert np.allclose(*sums, rtol=1030 * 2.0**-24, atol=0, equal_nan=True)  # both add up in float32
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("least", [0, -16], ids=["normal", "subnormal"])
+def test_what_is_nearer_to_the_edge_of_a_cell_than_the_error_stays_open(sign: int, least: int) -> None:
+    """The compiled part alone, in float32 and float64: of float16, sums ever closer to the middle of two numbers."""
+    from loraconv.verifier.fused import rounding
+
+    if rounding._cells is None:
+        pytest.skip("COMPILED COMPARISON NOT TESTED: there is no C compiler, so that it was not built")
+    unit = 2.0 ** (max(least, -14) - 10)  # the distance of float16's numbers there
+    error, number = unit / 64, 2.0**least + 4 * unit
+    inside = np.array([0.0, 0.3, 0.5 - 1.5 / 64, 0.5 - 0.5 / 64, 0.5 + 0.5 / 64, 0.7])
+    exact = sign * (number + np.concatenate([inside, -inside]) * unit)
+    stored = np.full(len(exact), sign * number, np.float32)
+    wrong = np.flatnonzero(np.tile(inside > 0.5 - 1 / 64, 2))
+    nothing, places, ones = np.zeros(len(exact), np.float32), np.zeros(len(exact), np.int64), np.ones(len(exact))
+    edges = (2.0**-14, 2.0**-25)
+    sums = nothing, stored, exact.astype(np.float32), np.array([error], np.float32), ones.astype(np.float32)
+    count, *_ = rounding._cells.compare(*sums, *edges, (1 << 12) - 2, places)
+    assert places[:count].tolist() == wrong.tolist()
+    places = np.arange(len(exact))
+    factors = np.ones(1), exact, np.ones(1), ones
+    count = rounding._cells.confirm(nothing, stored, *factors, error, *edges, (1 << 41) - 2, places)
+    assert places[:count].tolist() == wrong.tolist()
 
 
 def test_the_controls_start_from_numbers_that_the_proof_accepts(tmp_path: Path) -> None:

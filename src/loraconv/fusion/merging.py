@@ -15,9 +15,14 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from loraconv.errors import CorruptCheckpoint
-from loraconv.lazy import Averaged, Lazy, TensorRef, decode, encode, read, times
-from loraconv.names import DTYPE_WORDS, printable
+from loraconv.lazy import Averaged, Lazy, TensorRef, decode, encode, keeps_subnormals, read, single, times
+from loraconv.names import DTYPE_BYTES, DTYPE_WORDS, printable
 from loraconv.watch import all_finite
+
+try:
+    from loraconv.fusion import _rounding
+except ImportError:  # installed without a compiler: numpy does the same, in three times the time
+    _rounding = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +32,7 @@ if TYPE_CHECKING:
 #: The dtypes that a base weight and the result may have.
 DTYPES = ("F16", "BF16", "F32")
 #: The elements of one block of rows: what is computed in one go, so that it stays in a core's cache.
-BLOCK = 1 << 18
+BLOCK = 1 << 19
 #: From this share of undecided elements on, a product in float64 is faster than picking them out, and from this one on
 #: float64 for the whole sum.
 _SOME, _MANY = 1 / 128, 1 / 16
@@ -82,9 +87,10 @@ def stack(terms: Sequence[Term]) -> Factors:
 
     exact = tuple((_values(t.up), _values(t.down), t.factor) for t in terms)
     up = np.concatenate([u * float(factor) for u, _, factor in exact], axis=1)
-    down = np.ascontiguousarray(np.concatenate([d for _, d, _ in exact], axis=0).T)
+    down = np.concatenate([d for _, d, _ in exact], axis=0)
     with np.errstate(over="ignore"):  # what is infinite in float32 is decided in float64
-        single_up, single_down = up.astype(np.float32), down.T.astype(np.float32, order="C")
+        single_up, single_down = up.astype(np.float32), down.astype(np.float32)
+    down = np.ascontiguousarray(down.T)
     return Factors(up, down, single_up, single_down, np.linalg.norm(up, axis=1), np.linalg.norm(down, axis=1), exact)
 
 
@@ -107,7 +113,7 @@ def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, shape[0])
 
 
-def merge_rows(raw: bytes, ref: TensorRef, factors: Factors, dtype: str) -> bytes:
+def merge_rows(raw: bytes, ref: TensorRef, factors: Factors, dtype: str) -> memoryview:
     """Rows of a base weight with the terms added, as bytes of ``dtype`` (F16, BF16 or F32).
 
     ``ref`` is the rows' reference, ``raw`` their bytes (F16, BF16 or F32), ``factors`` those of the same rows. Raises
@@ -117,14 +123,20 @@ def merge_rows(raw: bytes, ref: TensorRef, factors: Factors, dtype: str) -> byte
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        if dtype in _NARROW and _keeps_subnormals():
+        if dtype in _NARROW and keeps_subnormals():
             bits, doubtful = _sum_single(raw, ref, factors, dtype)
             if len(doubtful) <= _MANY * bits.size:
-                picked = np.frombuffer(raw, dtype=_GRID[ref.dtype][2])[doubtful].tobytes()
-                at = np.divmod(doubtful, ref.shape[1])
-                bits.reshape(-1)[doubtful] = _sum_double(decode(picked, ref.dtype), ref, factors, dtype, at)
-                return bits.tobytes()
-        return _sum_double(decode(raw, ref.dtype).reshape(ref.shape), ref, factors, dtype, None).tobytes()
+                doubtful = _settled(raw, ref, factors, dtype, bits, doubtful)
+                if len(doubtful):
+                    picked = np.frombuffer(raw, dtype=_GRID[ref.dtype][2])[doubtful].tobytes()
+                    at = np.divmod(doubtful, ref.shape[1])
+                    bits.reshape(-1)[doubtful] = _sum_double(decode(picked, ref.dtype), ref, factors, dtype, at)
+                return _as_bytes(bits)
+        return _as_bytes(_sum_double(decode(raw, ref.dtype).reshape(ref.shape), ref, factors, dtype, None))
+
+
+def _as_bytes(bits: Array) -> memoryview:
+    return bits.reshape(-1).view("u1").data
 
 
 def cast_rows(raw: bytes, ref: TensorRef, dtype: str) -> bytes:
@@ -135,20 +147,31 @@ def cast_rows(raw: bytes, ref: TensorRef, dtype: str) -> bytes:
     return made
 
 
-def _keeps_subnormals() -> bool:
-    """False where something set the processor to take the smallest numbers for zero (fast-math libraries do)."""
-    import numpy as np
-
-    return bool(np.float32(2.0**-149) * np.float32(1) != 0)
-
-
 def _sum_single(raw: bytes, ref: TensorRef, factors: Factors, dtype: str) -> tuple[Array, Array]:
     """``(bits, doubtful)``: the rounded sums by way of float32, and the flat indices of those that may be wrong.
 
     The sum is off by the product's error (see :func:`_product`) and by half a unit in the last place of float32. An
-    element is doubtful if the two ends of that interval round differently. As integers, numbers of one sign are ordered
-    like their values, so that adding half a unit of the short dtype and cutting off the bits by which float32 is longer
-    rounds them (ties away from zero, hence one unit more to either side).
+    element is doubtful if the two ends of that interval round differently.
+    """
+    product, roundings = _product(factors, raw, ref.dtype, dtype)
+    error = _error(factors, roundings, _NARROW[dtype][1])
+    if _rounding is None:
+        return _round_sums(raw, ref, product, error, dtype)
+    import numpy as np
+
+    bits = np.empty(ref.shape, dtype=np.uint16)
+    doubtful = np.empty(max(0, int(bits.size * _MANY)) + 1, dtype=np.int64)
+    count = _rounding.round_sums(raw, ref.dtype, product, error, dtype, bits, doubtful)
+    if count < 0:
+        raise _nonfinite(ref)
+    return bits, doubtful[:count]
+
+
+def _round_sums(raw: bytes, ref: TensorRef, product: Array, error: Array, dtype: str) -> tuple[Array, Array]:
+    """What ``_rounding.round_sums`` does, where that is not compiled: the sums' bits, and which are doubtful.
+
+    As integers, numbers of one sign are ordered like their values, so that adding half a unit of the short dtype and
+    cutting off the bits by which float32 is longer rounds them (ties away from zero, hence a unit more to either side).
     """
     import numpy as np
 
@@ -156,10 +179,8 @@ def _sum_single(raw: bytes, ref: TensorRef, factors: Factors, dtype: str) -> tup
     half, unit = np.int32(1 << (cut - 1)), np.int32(2)
     if not all_finite(raw, ref.dtype):
         raise _nonfinite(ref)
-    sums = _single(raw, ref.dtype).reshape(ref.shape)
-    product, roundings = _product(factors, sums, dtype)
+    sums = single(raw, ref.dtype).reshape(ref.shape)
     sums += product
-    error = _error(factors, roundings, shift)
     signs = sums.view(np.int32)
     high = np.abs(sums)
     if shift:
@@ -171,49 +192,33 @@ def _sum_single(raw: bytes, ref: TensorRef, factors: Factors, dtype: str) -> tup
     upper >>= cut
     lower += half - unit
     lower >>= cut
+    doubtful = upper != lower
     if int(upper.max(initial=0)) >= _GRID[dtype][3]:  # too large for the dtype, or for float32 on the way
-        upper[...] = ~lower
-    doubtful = np.flatnonzero(upper != lower)
+        doubtful |= upper >= _GRID[dtype][3]
     signs >>= 16
     signs &= 0x8000
     signs |= upper
-    return signs.astype(np.uint16), doubtful
+    return signs.astype(np.uint16), np.flatnonzero(doubtful)
 
 
-def _product(factors: Factors, base: Array, dtype: str) -> tuple[Array, int]:
+def _product(factors: Factors, raw: bytes, stored: str, dtype: str) -> tuple[Array, int]:
     """The product in float32, and by how many of its roundings it may be off.
 
     In any order of summation, n products are within n roundings of ``|up| @ |down|``, plus three in the factors. Where
     that would leave many elements doubtful, because the delta is not small against the base, the product is made in
-    float64 and rounded to float32 once.
+    float64 and rounded to float32 once. ``raw`` are the base's numbers, of the dtype ``stored``.
     """
     import numpy as np
 
     bits, smallest = _GRID[dtype][:2]
     count = factors.up.shape[1] + 3
-    sample = np.abs(base.reshape(-1)[:: max(1, base.size >> 10)])
+    every = np.frombuffer(raw, dtype=f"V{DTYPE_BYTES[stored]}")
+    sample = np.abs(decode(every[:: max(1, every.size >> 10)].tobytes(), stored))
     units = np.maximum(sample * 2.0 ** (1 - bits), 2.0**smallest)
-    error = count * 2.0**-24 * float(factors.rows.max()) * float(factors.columns.mean()) if base.size else 0.0
+    error = count * 2.0**-24 * float(factors.rows.max()) * float(factors.columns.mean()) if every.size else 0.0
     if float(np.minimum(2 * error / units, 1).sum()) > _SOME * len(sample):
         return (factors.up @ factors.down.T).astype(np.float32), 1
     return factors.single_up @ factors.single_down, count
-
-
-def _single(raw: bytes, dtype: str) -> Array:
-    """Finite numbers of a 16-bit dtype or F32 as an array of float32 of its own."""
-    import numpy as np
-
-    if dtype == "F32":
-        return np.frombuffer(raw, dtype="<f4").astype(np.float32)
-    # The sign comes along: a signed number is lengthened with copies of its first bit.
-    bits = np.frombuffer(raw, dtype="<i2").astype(np.int32)
-    bits <<= _NARROW[dtype][0]
-    if dtype == "F16":
-        bits &= np.int32(-0x70002000)  # sign, exponent and fraction, without the copies of the sign between them
-    values = bits.view(np.float32)
-    if dtype == "F16":
-        values *= np.float32(2.0**112)
-    return values
 
 
 def _error(factors: Factors, roundings: int, shift: int) -> Array:
@@ -233,6 +238,20 @@ def _error(factors: Factors, roundings: int, shift: int) -> Array:
     return error.astype(np.float32)
 
 
+def _settled(raw: bytes, ref: TensorRef, factors: Factors, dtype: str, bits: Array, doubtful: Array) -> Array:
+    """The doubtful elements that the compiled part cannot settle in float64; the others are put into ``bits``."""
+    if _rounding is None:
+        return doubtful
+    f, error = factors, _double_error(factors)
+    return doubtful[: _rounding.settle(raw, ref.dtype, f.up, f.down, f.rows, f.columns, error, dtype, bits, doubtful)]
+
+
+def _double_error(factors: Factors) -> float:
+    """What the norms of a row and a column times is a bound on the error of their product in float64: its roundings,
+    three in the factors, and one in the sum."""
+    return int(factors.up.shape[1] + 4) * 2.0**-53 * (1 + 2.0**-10)
+
+
 def _sum_double(base: Array, ref: TensorRef, factors: Factors, dtype: str, at: tuple[Array, Array] | None) -> Array:
     """The rounded sums as bits, by way of float64: of a block of rows, or of single elements ``at`` (rows, columns)."""
     import numpy as np
@@ -246,8 +265,7 @@ def _sum_double(base: Array, ref: TensorRef, factors: Factors, dtype: str, at: t
         sums = np.einsum("nk,nk->n", factors.up[at[0]], factors.down[at[1]])
         error = factors.rows[at[0]] * factors.columns[at[1]]
     sums += base
-    # As in float32: the roundings of the product and three in the factors, and one in the sum.
-    error *= (factors.up.shape[1] + 4) * 2.0**-53 * (1 + 2.0**-10)
+    error *= _double_error(factors)
     error += np.abs(sums) * 2.0**-52
     kind, infinity = _GRID[dtype][2:]
     low, high = (

@@ -22,7 +22,7 @@ from loraconv.ordered import in_order, workers
 #: Logs ``done`` and ``total`` bytes as its only argument, for whoever wants to show them.
 PROGRESS = logging.getLogger("loraconv.fusion")
 #: Blocks that may wait to be written: enough that no thread waits for work while a long range is copied.
-_AHEAD = 32
+_AHEAD = 128
 _COPY_BYTES = 32 << 20
 
 
@@ -88,7 +88,7 @@ def _ending(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
 
 
 #: The bytes of a block, their CRC-32, and that of the base's bytes.
-Block = tuple[bytes, int, int]
+Block = tuple[bytes | memoryview, int, int]
 
 
 def _blocks(

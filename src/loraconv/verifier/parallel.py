@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 X = TypeVar("X")
@@ -21,6 +22,13 @@ def in_parallel(work: Callable[[X], Y], items: Iterable[X]) -> Iterator[Y]:
         yield from pool.map(lambda item: _silent(work, item), items)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def beside_it(work: Callable[[], Y]) -> Iterator[Future[Y]]:
+    """``work`` in a thread of its own, with numpy as silent; it has ended when the block is left."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(_silent, lambda _: work(), None)
 
 
 def _silent(work: Callable[[X], Y], item: X) -> Y:

@@ -18,7 +18,7 @@ from loraconv.verifier.fused.controls import beside_controls, fused_controls
 from loraconv.verifier.fused.diagnosis import diagnose_fused
 from loraconv.verifier.fused.figures import MISROUNDED, Figures
 from loraconv.verifier.fused.rounding import is_rounded, measure
-from loraconv.verifier.parallel import in_parallel
+from loraconv.verifier.parallel import beside_it, in_parallel
 from loraconv.verifier.proof import Check, Proof
 
 
@@ -66,9 +66,10 @@ def prove_fused(
     case = Case(_with_columns(every, vectors), terms, fused, modules, dtype, bound)
     _refuse_strangers(case)
     touched, untouched = case.touched(), case.untouched()
-    results = list(in_parallel(lambda name: _touched(case, name, touched[name]), _by_place(fused, touched)))
-    same = in_parallel(lambda name: (name, is_rounded(case.base[name], fused[name])), _by_place(fused, untouched))
-    changed = sorted(name for name, fine in same if not fine)
+    with beside_it(lambda: fused_controls(case, touched, untouched)) as mistakes:
+        results = list(in_parallel(lambda name: _touched(case, name, touched[name]), _by_place(fused, touched)))
+        same = in_parallel(lambda name: (name, is_rounded(case.base[name], fused[name])), _by_place(fused, untouched))
+        changed = sorted(name for name, fine in same if not fine)
     order = {name: place for place, name in enumerate(touched)}
     tensors = tuple(sorted(results, key=lambda result: order[result.name]))
     checks = (
@@ -78,7 +79,7 @@ def prove_fused(
         *([_check_beside(untouched, changed, dtype, beside)] if beside else []),
         _check_touched(tensors, bound),
     )
-    controls = (*fused_controls(case, touched, untouched), *beside_controls(case, base, beside))
+    controls = (*mistakes.result(), *beside_controls(case, base, beside))
     proof = Proof("fused", checks, controls)
     findings = () if all(check.passed for check in checks) else tuple(diagnose_fused(case, tensors, changed))
     return FusedReport(proof, findings, tensors, sum((t.figures for t in tensors), Figures()))

@@ -11,10 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from loraconv.lazy import TensorRef, decode
+from loraconv.lazy import TensorRef, decode, whole
 from loraconv.names import DTYPE_BYTES, numel
 from loraconv.verifier.fused.figures import LAYOUT, Figures, judge
 from loraconv.verifier.numbers import same_bytes
+
+try:
+    from loraconv.verifier.fused import _cells
+except ImportError:  # installed without a compiler: numpy does the same, in three times the time
+    _cells = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from loraconv.verifier.numbers import Array
@@ -23,8 +28,6 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 1 << 19
 #: Above this share of unsettled elements, float64 for all of a block takes less time than picking them out.
 MANY = 1 / 50
-#: Products that are added up in float32 in one go.
-_SUM = 64
 #: Factors count as at least this large in the bound, which so covers what float32 loses of the smallest products.
 _LEAST = 2.0**-55
 
@@ -111,12 +114,15 @@ def numbers(ref: TensorRef, stored: str) -> Array:
     """A tensor's values, exactly: in float32 where it and the dtype ``stored`` allow it, else in float64."""
     import numpy as np
 
-    raw = b"".join(ref.pieces())
+    raw = whole(ref)
     if ref.dtype == "F64" or stored in ("F32", "F64"):
         return decode(raw, ref.dtype).reshape(ref.shape)
     if ref.dtype == "F32":
         return np.frombuffer(raw, dtype="<f4").reshape(ref.shape)
     if ref.dtype == "F16":
+        single: Array = np.empty(ref.shape, dtype=np.float32)
+        if _cells is not None and not _flushes() and _cells.widen(raw, single):
+            return single
         return _from_half(np.frombuffer(raw, dtype="<i2")).reshape(ref.shape)
     wide: Array = np.left_shift(np.frombuffer(raw, dtype="<u2"), 16, dtype=np.uint32)
     return wide.view(np.float32).reshape(ref.shape)
@@ -127,13 +133,19 @@ def _from_half(bits: Array) -> Array:
     which is exact, and many times as fast as numpy's own cast."""
     import numpy as np
 
-    flushed = np.float32(2.0**-149) * np.float32(2) == 0  # as processors do where fast-math code has told them to
-    if flushed or np.any(np.bitwise_and(bits, 0x7C00) == 0x7C00):  # Inf or NaN
+    if _flushes() or np.any(np.bitwise_and(bits, 0x7C00) == 0x7C00):  # Inf or NaN
         return bits.view(np.float16).astype(np.float32)
     wide = np.left_shift(bits, 13, dtype=np.int32)
     wide &= np.int32(-0x70000001)  # without the copies of the sign between the sign and the exponent
     single: Array = np.multiply(wide.view(np.float32), np.float32(2.0**112))
     return single
+
+
+def _flushes() -> bool:
+    """True where the processor takes the smallest numbers for zero, as fast-math code may have told it to."""
+    import numpy as np
+
+    return bool(np.float32(2.0**-149) * np.float32(2) == 0)
 
 
 def compare_block(base: Array, stored: Array, delta: Delta, start: int, dtype: str) -> Figures:
@@ -143,23 +155,15 @@ def compare_block(base: Array, stored: Array, delta: Delta, start: int, dtype: s
     stop = start + len(stored)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         product, error = _product(delta, start, stop, stored.dtype)
-        exact = base + product
-        residual = stored - exact
-        size = float(np.vdot(product, product))
-        figures = Figures(
-            elements=stored.size,
-            changed=int(np.count_nonzero(stored != base)),
-            along=size + float(np.vdot(residual, product)),
-            size=size,
-            rest=float(np.vdot(residual, residual)),
-            worst_row=start,
-        )
         lengths, widths = (np.maximum(x, _LEAST) for x in (delta.lengths[start:stop], delta.widths))
-        room = np.multiply(lengths * error, widths, dtype=stored.dtype, casting="unsafe")
-        unsettled = _unsettled(exact, stored, room, dtype)
-        if not np.isfinite(figures.rest):
-            unsettled |= ~np.isfinite(stored)  # right or not, it has to be counted
-        doubtful = np.flatnonzero(unsettled)
+        lengths *= error
+        compare = _compare if _cells is None or stored.dtype != np.float32 else _compare_compiled
+        figures, doubtful = compare(base, stored, product, lengths, widths, dtype)
+        if doubtful.size <= stored.size * MANY:
+            doubtful = _unconfirmed(base, stored, delta, start, dtype, doubtful)
+        if not np.isfinite(figures.rest):  # what is not finite has to be counted, right or not
+            doubtful = np.union1d(doubtful, np.flatnonzero(~np.isfinite(stored)))
+        figures = replace(figures, worst_row=start)
         if not doubtful.size:
             return figures
         if stored.dtype == np.float32 and doubtful.size > stored.size * MANY:
@@ -167,18 +171,58 @@ def compare_block(base: Array, stored: Array, delta: Delta, start: int, dtype: s
         return figures + _judged(base, stored, delta, start, dtype, doubtful, product)
 
 
+def _compare(
+    base: Array, stored: Array, product: Array, lengths: Array, widths: Array, dtype: str
+) -> tuple[Figures, Array]:
+    """The figures of a block as far as its sums go, and the flat numbers of the elements that are not settled yet."""
+    import numpy as np
+
+    exact = base + product
+    residual = stored - exact
+    size = float(np.vdot(product, product))
+    figures = Figures(
+        elements=stored.size,
+        changed=int(np.count_nonzero(stored != base)),
+        along=size + float(np.vdot(residual, product)),
+        size=size,
+        rest=float(np.vdot(residual, residual)),
+    )
+    room = np.multiply(lengths, widths, dtype=stored.dtype, casting="unsafe")
+    return figures, np.flatnonzero(_unsettled(exact, stored, room, dtype))
+
+
+def _compare_compiled(
+    base: Array, stored: Array, product: Array, lengths: Array, widths: Array, dtype: str
+) -> tuple[Figures, Array]:
+    """The same of float32 arrays, in one pass."""
+    import numpy as np
+
+    unsettled = np.empty(stored.shape, dtype=np.int64)
+    room, reach = (lengths.astype(np.float32), widths.astype(np.float32)), _reach(stored, dtype)
+    least, near = _spacing(stored, dtype)
+    count, changed, along, size, rest = _cells.compare(base, stored, product, *room, least, near, reach, unsettled)
+    figures = Figures(elements=stored.size, changed=int(changed), along=size + along, size=size, rest=rest)
+    return figures, unsettled.reshape(-1)[:count]
+
+
+def _unconfirmed(base: Array, stored: Array, delta: Delta, start: int, dtype: str, doubtful: Array) -> Array:
+    """The elements of float32 arrays that float64 does not settle either; without a compiler all of them."""
+    if _cells is None or stored.itemsize != 4:
+        return doubtful
+    rows = slice(start, start + len(stored))
+    factors = delta.up[rows], delta.columns, delta.lengths[rows], delta.widths
+    unit, reach = (delta.rank + 8) * 2.0**-53, _reach(delta.up, dtype)
+    return doubtful[: _cells.confirm(base, stored, *factors, unit, *_spacing(delta.up, dtype), reach, doubtful)]
+
+
 def _product(delta: Delta, start: int, stop: int, work: Any) -> tuple[Array, float]:
     """Rows of the delta in the dtype that is worked in, and what ``|up_i| |down_j|`` times is a bound on their error:
-    the unit roundoff times the length of the sums, which is why long ones are made in parts."""
+    the unit roundoff times the length of the sums."""
     import numpy as np
 
     if work == np.float64:
         return delta.up[start:stop] @ delta.down, (delta.rank + 8) * 2.0**-53
-    parts = [slice(first, first + _SUM) for first in range(0, max(1, delta.rank), _SUM)]
-    product: Array = delta.up32[start:stop, parts[0]] @ delta.down32[parts[0]]
-    for part in parts[1:]:
-        product += delta.up32[start:stop, part] @ delta.down32[part]
-    return product, (min(_SUM, delta.rank) + len(parts) + 8) * 2.0**-24
+    return delta.up32[start:stop] @ delta.down32, (delta.rank + 8) * 2.0**-24
 
 
 def _unsettled(exact: Array, stored: Array, room: Array, dtype: str) -> Array:
@@ -190,17 +234,33 @@ def _unsettled(exact: Array, stored: Array, room: Array, dtype: str) -> Array:
     import numpy as np
 
     integer = np.uint32 if stored.dtype == np.float32 else np.uint64
-    dropped = np.finfo(stored.dtype).nmant - LAYOUT[dtype][0]
-    if dropped < 8:  # float64 itself: nothing is settled before the float64 noise is counted in
+    reach = _reach(stored, dtype)
+    if reach < 0:  # float64 itself: nothing is settled before the float64 noise is counted in
         return np.ones(stored.shape, dtype=bool)
-    half = 1 << (dropped - 1)
-    first = np.subtract(stored.view(integer), integer(half - 2))
+    first = np.subtract(stored.view(integer), integer(reach))
     low = (exact - room).view(integer)
     np.subtract(low, first, out=low)
     high = np.add(exact, room, out=exact).view(integer)
     np.subtract(high, first, out=high)
-    unsettled: Array = np.greater(np.maximum(low, high, out=low), integer(2 * half - 4))
+    unsettled: Array = np.greater(np.maximum(low, high, out=low), integer(2 * reach))
     return unsettled
+
+
+def _reach(work: Array, dtype: str) -> int:
+    """How many numbers of the dtype worked in, to either side of a stored one, surely round to it; negative where it
+    has no more bits than ``dtype``."""
+    import numpy as np
+
+    dropped = int(np.finfo(work.dtype).nmant) - LAYOUT[dtype][0]
+    return (1 << (dropped - 1)) - 2 if dropped else -1
+
+
+def _spacing(work: Array, dtype: str) -> tuple[float, float]:
+    """The smallest normal number, and what is surely less than half of the distance of the numbers below it."""
+    import numpy as np
+
+    digits, least, _ = LAYOUT[dtype]
+    return 2.0**least, 2.0 ** (least - digits - 1) * (1 - 2.0 ** -(int(np.finfo(work.dtype).nmant) // 2))
 
 
 def _judged(base: Array, stored: Array, delta: Delta, start: int, dtype: str, chosen: Array, product: Array) -> Figures:
