@@ -26,9 +26,10 @@ from loraconv.io.input_file import InputFile
 from loraconv.io.safetensors_write import begin_safetensors, write_safetensors, write_tensors
 from loraconv.io.target import MANIFEST
 from loraconv.io.torch_write import write_torch
-from loraconv.jobs import Job, Options, adapter_job, base_job, unknown_notices
+from loraconv.jobs import Job, Options, adapter_job, base_job
 from loraconv.lazy import Lazy
 from loraconv.names import printable, quoted
+from loraconv.notices import unknown_notices
 from loraconv.plan import Plan, ScaleIn
 from loraconv.plan_base import parse_size
 from loraconv.registry import dialect

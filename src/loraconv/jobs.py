@@ -19,6 +19,7 @@ from loraconv.fold import refuse_ruin
 from loraconv.health import check_adapter, check_base, check_tensors, nonfinite_error
 from loraconv.model_config import check_positions, infer_config
 from loraconv.names import DTYPE_WORDS, fold_names, printable, quoted
+from loraconv.notices import left_behind, nearest_notices
 from loraconv.plan import Plan, ScaleIn, folds, plan_adapter
 from loraconv.plan_base import plan_base
 from loraconv.registry import dialect
@@ -28,7 +29,6 @@ from loraconv.scale import given_alpha
 from loraconv.source import Source
 from loraconv.truncation import Wanted, wanted
 from loraconv.verifier.aside import SetAside
-from loraconv.verifier.oracles import rank_distances
 from loraconv.verifier.reshaped import Claims
 from loraconv.watch import Watch
 
@@ -184,28 +184,6 @@ def _nonfinite_notices(source: Source, names: list[str], options: Options) -> li
     return [f"{len(names)} factors hold NaN or Inf: {'; '.join(fold_names(names)[:4])}"]
 
 
-def nearest_notices(source: Source) -> list[str]:
-    """What has to be said about an adapter that was trained on several model-parallel ranks."""
-    if len(source.ranks) == 1:
-        return []
-    gaps = ", ".join(f"{name} {gap:.2%}" for name, gap in sorted(rank_distances(list(source.ranks)).items()))
-    return [
-        f"this is the nearest single adapter to {len(source.ranks)} model-parallel ranks, and equals none of them;"
-        f" its delta is off from a rank's own by (worst layer): {gaps}"
-    ]
-
-
-def left_behind(source: Source, detected: Detected) -> list[str]:
-    """Trained tensors that are no LoRA factor stay behind when the LoRA alone is converted: say so."""
-    trained = sorted((source.trained or frozenset()) - set(detected.ledger.factors))
-    trained = [name for name in trained if name in source.tensors]
-    if not trained:
-        return []
-    return [
-        f"{len(trained)} tensors were trained besides the LoRA and are not in it: {'; '.join(fold_names(trained)[:4])}"
-    ]
-
-
 def base_job(source: Source, detected: Detected, options: Options, limit: int, place: str) -> Job:
     bare = bare_tensors(source, detected)
     inferred = infer_config(detected.family, bare, source.config)
@@ -238,9 +216,3 @@ def _assumed(source: Source, keys: tuple[str, ...], strict: bool) -> str:
             slug="config-unknown",
         )
     return text
-
-
-def unknown_notices(detected: Detected) -> list[str]:
-    names = detected.ledger.unknown
-    shown = "; ".join(fold_names(names)[:4])
-    return [f"{len(names)} tensors are not understood and stay behind: {shown}"] if names else []

@@ -27,8 +27,8 @@ from loraconv.io.growing import GrowingFile
 from loraconv.io.input_file import InputFile
 from loraconv.io.safetensors_read import MAX_HEADER
 from loraconv.io.sidecar import parse_json, read_text
-from loraconv.io.target import MANIFEST, MANIFEST_LIMIT
-from loraconv.journal.read import JOURNAL, BaseFile, Journal, damaged, read_journal, restored
+from loraconv.io.target import JOURNAL, MANIFEST, MANIFEST_LIMIT
+from loraconv.journal.read import BaseFile, Journal, damaged, read_journal, restored
 from loraconv.lazy import PIECE_BYTES, TensorRef, nbytes
 from loraconv.model_folder import COMPONENT, Model, open_model
 from loraconv.names import fold_names, printable, quoted

@@ -17,8 +17,8 @@ from loraconv.algebra import specials_in
 from loraconv.detect import Detected, detect
 from loraconv.errors import FormatError, UsageError
 from loraconv.health import Health, check_adapter, check_tensors, nonfinite_error
-from loraconv.jobs import left_behind, nearest_notices, unknown_notices
 from loraconv.names import fold_names, printable
+from loraconv.notices import left_behind, nearest_notices, unknown_notices
 from loraconv.products import read_products
 from loraconv.scale import Scale, given_alpha
 from loraconv.source import Source, open_source

@@ -20,7 +20,7 @@ from loraconv.fusion.result import FusedAdapter, FusedFile, FuseResult
 from loraconv.fusion.running import Plan, Rest, run
 from loraconv.fusion.shards import Shard, plan_shards
 from loraconv.io.atomic import clear_remains
-from loraconv.journal import JOURNAL
+from loraconv.io.target import JOURNAL
 from loraconv.lazy import nbytes
 from loraconv.model_folder import COMPONENT, Model, in_hub_cache, open_model
 from loraconv.names import DTYPE_WORDS, printable, quoted

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from loraconv.errors import CorruptCheckpoint, FormatError
 from loraconv.io.sidecar import read_json
-from loraconv.io.target import MANIFEST
-from loraconv.journal import JOURNAL
+from loraconv.io.target import JOURNAL, MANIFEST
 from loraconv.model_folder import COMPONENT, CONFIG, Model, inside
 from loraconv.names import printable
 

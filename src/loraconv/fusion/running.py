@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from loraconv.errors import ProofFailed
 from loraconv.fusion.adapters import Used, file_digests
 from loraconv.fusion.llava import Joined
 from loraconv.fusion.merging import Term, stack
@@ -20,17 +20,8 @@ from loraconv.fusion.stream import Progress, write_shards
 from loraconv.io.atomic import OutputFolder, output_folder
 from loraconv.io.input_file import InputFile
 from loraconv.io.target import MANIFEST
-from loraconv.io.torch_read import read_tensors
-from loraconv.journal import write_journal
 from loraconv.lazy import TensorRef
 from loraconv.model_folder import Model, open_model
-from loraconv.ordered import in_order, workers
-from loraconv.verifier.fused import FusedReport, prove_fused
-from loraconv.verifier.fused import Term as ProvenTerm
-from loraconv.verifier.llava import as_original, tower_beside, trained_beside
-from loraconv.verifier.numbers import Tensor
-from loraconv.verifier.oracles import pairs_of
-from loraconv.verifier.spelled import apart
 
 Rest = Literal["copy", "link"]
 
@@ -73,9 +64,9 @@ def run(plan: Plan, planned: FuseResult, *, overwrite: bool, journal: bool, prov
     model = plan.model
     check = None if plan.replaces is None else partial(refuse_changed, model.folder, plan.replaces)
     room = (model.bytes if journal else 0) // 8 + (1 << 20)
-    with output_folder(
-        planned.out, inputs=_inputs(plan), needed=plan.bytes + room, overwrite=overwrite, replaces=check
-    ) as folder:
+    folder_of = partial(output_folder, inputs=_inputs(plan), needed=plan.bytes + room, replaces=check)
+    with folder_of(planned.out, overwrite=overwrite) as folder, ThreadPoolExecutor(1) as beside:
+        digests = [beside.submit(file_digests, one) for one in plan.used]
         progress = Progress(plan.bytes)
         kept = _keep(folder, plan, progress)
         written = write_shards(folder, plan.place, plan.shards, plan.terms, progress)
@@ -84,14 +75,14 @@ def run(plan: Plan, planned: FuseResult, *, overwrite: bool, journal: bool, prov
         result = replace(planned, crc32=written.crc32, base_crc32=written.base_crc32)
         with open_model(_output(folder, plan)) as made:
             if prove:
-                report = _prove(plan, made.tensors)
+                from loraconv.fusion import proving  # a third of all modules, for which --no-prove need not wait
+
+                report = proving.prove(plan, made.tensors)
                 result = replace(result, proofs=(report.proof,), kept=report.kept)
             if journal:
                 files.append(_write_journal(folder, plan, made.tensors))
         _check_unchanged(plan)
-        with workers() as pool:
-            digests = list(in_order(pool, [partial(file_digests, one) for one in plan.used]))
-        adapters = tuple(FusedAdapter.of(one, sha256) for one, sha256 in zip(plan.used, digests, strict=True))
+        adapters = tuple(FusedAdapter.of(one, d.result()) for one, d in zip(plan.used, digests, strict=True))
         result = replace(result, adapters=adapters, files=tuple(files))
         _write_text(folder, MANIFEST, result.record())
     return result
@@ -148,44 +139,12 @@ def _output(folder: OutputFolder, plan: Plan) -> Path:
     return folder.path / plan.place / (plan.shards[0].name if alone else "")
 
 
-def _beside(plan: Plan) -> dict[str, TensorRef]:
-    """What was trained whole, and the tower that the base lacks, as the verifier names them."""
-    run, hf = plan.joined.run, plan.joined.hf
-    tower = {} if hf is None else tower_beside(hf.tower.tensors)
-    trained = {} if run is None else trained_beside(read_tensors(run.file))
-    return {**{name: ref for name, ref in tower.items() if name not in plan.model.tensors}, **trained}
-
-
-def _prove(plan: Plan, made: Mapping[str, TensorRef]) -> FusedReport:
-    """Compare what is on disk with base and adapters by the formats' own definitions."""
-    terms = []
-    for one in plan.used:
-        source = one.source
-        ranks, magnitudes = [*source.ranks], dict[str, Tensor]()
-        if len(ranks) == 1:
-            ranks[0], magnitudes = apart(ranks[0])
-        pairs = pairs_of(one.detected.dialect.name, list(ranks), source.metadata, source.config, one.alpha)
-        terms.append(ProvenTerm(pairs, one.strength, magnitudes))
-    base, beside, rows = plan.model.tensors, _beside(plan), None
-    if plan.joined.hf is not None:
-        made, rows = as_original(made, {**base, **beside})
-    report = prove_fused(base, terms, made, only=plan.only, dtype=plan.dtype, beside=beside)
-    if rows is not None:
-        report = replace(report, proof=replace(report.proof, checks=(*report.proof.checks, rows)))
-    if report.proof.passed:
-        return report
-    raise ProofFailed(
-        "the fused model is not the base plus the adapters; nothing was left behind",
-        where="; ".join(report.proof.failures()[:4]) or "no control could be made",
-        why="; ".join(finding.sentence for finding in report.findings[:2]) or "a defect in loraconv, or a damaged disk",
-        hint="run the same command again; if it fails again, please report it",
-    )
-
-
 def _write_journal(folder: OutputFolder, plan: Plan, made: Mapping[str, TensorRef]) -> FusedFile:
     def low_rank(name: str) -> tuple[Any, Any]:
         factors = stack(plan.terms[name])
         return factors.up, factors.down.T
+
+    from loraconv.journal import write_journal
 
     file = write_journal(folder, plan.model, made, list(plan.terms), low_rank)
     return FusedFile(file.path.name, file.size, file.sha256)

@@ -20,6 +20,8 @@ from loraconv.names import human_bytes, printable, quoted
 
 #: The manifest of every output; a folder without a valid one was not written by loraconv and is never replaced.
 MANIFEST = "loraconv.json"
+#: What `unfuse` needs, beside a fused model.
+JOURNAL = "loraconv.journal"
 MANIFEST_LIMIT = 64 << 20
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}

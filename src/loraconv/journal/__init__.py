@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraconv.journal.read import JOURNAL, read_journal
+from loraconv.journal.read import read_journal
 from loraconv.journal.write import write_journal
 
-__all__ = ["JOURNAL", "read_journal", "write_journal"]
+__all__ = ["read_journal", "write_journal"]

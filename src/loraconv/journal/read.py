@@ -25,8 +25,6 @@ from loraconv.lazy import TensorRef
 from loraconv.names import DTYPE_BYTES, printable
 from loraconv.ordered import in_order
 
-#: The name of the journal, beside the fused model's ``loraconv.json``.
-JOURNAL = "loraconv.journal"
 MAGIC = b"loraconv journal 1\n"
 
 _TAIL = 32 + 8 + len(MAGIC)

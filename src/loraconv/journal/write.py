@@ -19,7 +19,8 @@ from loraconv.errors import CorruptCheckpoint, FormatError, ProofFailed
 from loraconv.io.atomic import OutputFile, OutputFolder
 from loraconv.io.crc import combine, crc32
 from loraconv.io.input_file import InputFile
-from loraconv.journal.read import JOURNAL, MAGIC, read_journal, read_rows, restored
+from loraconv.io.target import JOURNAL
+from loraconv.journal.read import MAGIC, read_journal, read_rows, restored
 from loraconv.journal.ulps import DTYPES, Factors, chunks, encode, pack_factors, whole_factors
 from loraconv.lazy import PIECE_BYTES, TensorRef, decode
 from loraconv.model_folder import CONFIG, Model, inside
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-__all__ = ["JOURNAL", "LowRank", "write_journal"]
+__all__ = ["LowRank", "write_journal"]
 
 #: A fused tensor's factors: ``up`` (out, rank) with strength and scale in it and ``down`` (rank, in), all adapters side
 #: by side. They only predict: wrong ones make a journal larger, not wrong.
