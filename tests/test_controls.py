@@ -44,7 +44,7 @@ def four_bits(array: Any) -> Any:
 def made_in(given: dict[str, Pair]) -> dict[str, tuple[Expectation, dict[str, Pair]] | None]:
     """Mistake -> what the judge is shown: the expected part and the spoilt pairs; None where there is no place."""
     shown: list[Any] = []
-    expected = Expectation(given, {name: ("F32", "F16") for name in given})
+    expected = Expectation(given, dict.fromkeys(given, ("F32", "F16")))
     controls = adapter_controls(expected, given, lambda part, spoilt: shown.append((part, spoilt)) or "seen")  # type: ignore[func-returns-value]
     assert [(c.caught, c.by) for c in controls if c.caught] == [(True, "seen")] * len(shown)
     assert all(c.by == "this adapter has no place for it" for c in controls if not c.caught)
