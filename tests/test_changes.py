@@ -156,9 +156,9 @@ TABLES: dict[str, tuple[str, Any, Any, str]] = {
     "computed, then trained": ("pos_embed", WAVES, WAVES * np.float32(1.5), "changed"),
     # Two stored numbers of float32 and eight roundings of an angle of one row.
     "frequencies, as far as roundings go": (
-        "rope.inv_freq", np.float64([0.5, 0.25]), np.float64([0.5 + (2.0**-53 * 2 + 8 * UNIT), 0.25]), "table-recomputed",
+        "rope.inv_freq", np.float64([0.5, 0]), np.float64([0.5 + (2.0**-53 * 2 + 8 * UNIT), 0]), "table-recomputed",
     ),
-    "frequencies, farther": ("rope.inv_freq", np.float64([0.5, 0.25]), np.float64([0.5 + 9 * UNIT, 0.25]), "table-resized"),
+    "frequencies, farther": ("rope.inv_freq", np.float64([0.5, 0]), np.float64([0.5 + 9 * UNIT, 0]), "table-resized"),
     "frequencies of whole numbers": ("rope.inv_freq", np.array([5, 2]), np.array([5, 3]), "table-resized"),
     "cosines of three rows": (
         "rope.freqs_cos", np.full((3, 2), 0.5), np.full((3, 2), 0.5 + 24 * UNIT), "table-recomputed",
@@ -193,7 +193,6 @@ def test_an_average_differs_in_what_was_trained() -> None:
         assert f"the {'first' if averaged[0] else 'second'} is the moving average" in which
     for averaged in ((True, True), (False, False)):
         assert found(one, two, averaged=averaged) == {"base-moved": ("norm",), "changed": (A,)}
-    assert "one of two" not in sentence("changed", one, two)
 
 
 def test_a_base_moves_only_under_a_lora() -> None:
@@ -225,9 +224,9 @@ def test_tensors_that_were_one_are_missed_where_only_some_of_them_changed() -> N
     one = {name: Tensor(BASE["norm"], place="s") for name in ("head", "embed", "tail")}
     two = {name: Tensor(BASE["norm"], place=name) for name in one}
     assert found(one, two) == {}
-    assert list(remarks(states(one, two))) == [
-        "head; embed; tail were one tensor before and are stored one by one now"
-    ] or ("were one tensor before" in next(remarks(states(one, two))))
+    (text,) = remarks(states(one, two))
+    assert "were one tensor before" in text
+    assert all(name in text for name in one)
     assert found(one, two | {"head": Tensor(BASE["norm"] * 3, place="x")}) == {"split": ("head",)}
     missing = {name: tensor for name, tensor in two.items() if name != "tail"}
     assert found(one, missing) == {"split": ("tail",)}
@@ -283,7 +282,7 @@ def test_another_prefix_is_told_with_the_call_that_mends_it(case: str) -> None:
     assert "none of 2 tensors" in sentence("prefix", one, two)
     (finding,) = diagnose_changes(states(one, two))
     call = finding.mend.partition("key")[2].replace("{{", "{").replace("}}", "}")
-    assert tuple(eval(f"key{call}", {"key": name}) for name in new) == old  # noqa: S307 (our own text)
+    assert tuple(eval(f"key{call}", {"key": name}) for name in new) == old
     changed = {name: array + 1 for name, array in two.items()}
     assert set(found(one, changed)) == {"prefix", "changed"}
 
