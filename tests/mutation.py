@@ -54,6 +54,9 @@ STOPPED = "stopped"
 #: The name under which marked code finds what it tells that it is reached.
 MARK = "__reached__"
 
+#: The name under which what runs at import is kept among the tests.
+IMPORT = "import"
+
 Lines = set[tuple[str, int]]
 
 
@@ -61,11 +64,19 @@ class Trace:
     """A plugin of pytest: which test that passes reaches which statement in scope, and what it costs in processor time.
     The statements say so themselves, see :func:`marked`."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Iterable[str]) -> None:
+        self.modules = modules
         self.reached: Lines = set()
+        self.imported: Lines = set()
         self.shared: Lines = set()
         self.tests: dict[str, dict[str, Any]] = {}
         setattr(builtins, MARK, lambda place: self.reached.add(place))
+
+    def pytest_collection_finish(self) -> None:
+        """What functions do at import makes tables, which any test may look at."""
+        for module in self.modules:
+            importlib.import_module(module)
+        self.imported = self.reached
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
@@ -94,8 +105,8 @@ class Trace:
             self.tests.setdefault(report.nodeid, {})["passed"] = report.passed
 
     def told(self) -> dict[str, Any]:
-        """Test -> its cost and its lines, for those that passed."""
-        return {
+        """Test -> its cost and its lines, for those that passed; under :data:`IMPORT`, what runs at import."""
+        return {IMPORT: {"cost": 0.0, "lines": sorted(self.imported)}} | {
             test: {"cost": entry["cost"], "lines": sorted(entry["lines"] | self.shared)}
             for test, entry in self.tests.items()
             if entry["passed"]
@@ -250,26 +261,30 @@ def digest(paths: Iterable[Path]) -> str:
     return found.hexdigest()[:16]
 
 
-def cover(root: Path, work: Path) -> dict[str, dict[str, Any]]:
-    """Every test with its cost and the lines that it reaches; what is known from an earlier run is not run again."""
+def cover(root: Path, work: Path) -> tuple[dict[str, dict[str, Any]], Lines]:
+    """Every test with its cost and the lines that it reaches, and the lines in functions that are reached at import;
+    what is known from an earlier run is not run again."""
     known = digest([*(root / "src").rglob("*.py"), *(root / "converters").rglob("*.py"), root / "tests/sat_run.py"])
     found: dict[str, dict[str, Any]] = {}
+    imported: Lines = set()
     for name in TESTS:
         path = root / f"tests/test_{name}.py"
         record = work / f"{name}-{known}-{digest([path])}.json"
         if not record.exists():
 
             def trace(path: Path = path, record: Path = record) -> int:
-                plugin = Trace()
+                plugin = Trace(p.removeprefix("src/").removesuffix(".py").replace("/", ".") for p in in_scope(root))
                 run_tests(root, [str(path)], plugin)
                 record.write_text(json.dumps(plugin.told()), encoding="utf-8")
                 return 0
 
             with marked(root, in_scope(root)):
                 forked(trace, 3600, work / "trace.log")
-        found |= json.loads(record.read_text(encoding="utf-8"))
+        told = json.loads(record.read_text(encoding="utf-8"))
+        imported |= set(map(tuple, told.pop(IMPORT)["lines"]))
+        found |= told
         print(f"{name}: {len(found)} tests so far", file=sys.stderr, flush=True)
-    return found
+    return found, imported
 
 
 def file_of(test: str) -> str:
@@ -279,8 +294,8 @@ def file_of(test: str) -> str:
 class Coverage:
     """Which tests reach a line, in the order in which they are worth running."""
 
-    def __init__(self, tests: dict[str, dict[str, Any]]) -> None:
-        self.tests = tests
+    def __init__(self, tests: dict[str, dict[str, Any]], imported: Lines) -> None:
+        self.tests, self.imported = tests, imported
         self.by_line: dict[tuple[str, int], set[str]] = {}
         self.by_file: dict[str, set[str]] = {}
         for test, entry in tests.items():
@@ -292,8 +307,9 @@ class Coverage:
         """The tests that reach the statement. Of one that runs at import, those of every test file that reaches its
         file (or its folder, where nothing in the file runs later): a test of a table may look at it and run nothing."""
         first, last = mutant.lines
-        found = set().union(*(self.by_line.get((mutant.path, line), ()) for line in range(first, last + 1)))
-        if not mutant.in_function:
+        places = [(mutant.path, line) for line in range(first, last + 1)]
+        found = set().union(*(self.by_line.get(place, ()) for place in places))
+        if not mutant.in_function or self.imported.intersection(places):
             folder = mutant.path.rpartition("/")[0]
             near = (tests for path, tests in self.by_file.items() if path.rpartition("/")[0] == folder)
             files = {file_of(test) for test in self.by_file.get(mutant.path) or set().union(*near)}
@@ -323,7 +339,7 @@ class Bench:
     def __init__(self, work: Path) -> None:
         self.work, self.root = work, work / "copy"
         copy(self.root)
-        self.coverage = Coverage(cover(self.root, work))
+        self.coverage = Coverage(*cover(self.root, work))
 
     def run(self, tests: list[str]) -> list[str]:
         """The tests that fail, up to the first; ``[STOPPED]`` where they take too long, or the process breaks down."""

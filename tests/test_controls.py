@@ -180,6 +180,13 @@ def test_a_base_of_one_layer_takes_the_output_projection_for_the_next_layer() ->
     assert dict(base_mistakes(stored))["layers shifted by one"]() == {q: stored[out]}
 
 
+def test_where_every_number_is_exact_in_few_bits_the_last_tensor_is_taken() -> None:
+    stored = {name: Held(np.ones_like(values(tensor)), "F32") for name, tensor in a_base().items()}
+    made = {name: spoil() for name, spoil in base_mistakes(stored)}
+    assert list(made["a tensor doubled"]) == ["transformer_blocks.0.attn1.to_q.weight"]
+    assert list(made["modulation chunks left in their order"]) == ["transformer_blocks.0.norm1.linear.weight"]
+
+
 # --- a fused model --------------------------------------------------------------------------------------------------
 
 
