@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCOPE = ("src/loraconv/rules.py", "src/loraconv/verifier")
 #: The test files that reach the scope without a process of their own.
 TESTS = (
-    "accounting", "algebra", "alpha_and_fused", "causes", "changes", "consumer_rules", "consumers", "controls",
+    "accounting", "algebra", "alpha_and_fused", "bases", "causes", "changes", "consumer_rules", "consumers", "controls",
     "dialects", "difference", "diffusers_oracle", "exactness", "extension", "extract", "flux_dialects", "forward",
     "fuse", "fuse_hf_llava", "fuse_llava", "fused_causes", "merge", "merging", "namespace_oracles", "namespaces",
     "naming", "proof", "readings", "registry", "report_html", "resize", "roundtrip", "rules", "sat2diffusers", "sdxl",
