@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from loraconv.verifier.dtypes import expected_dtypes
-from loraconv.verifier.fused.rounding import numbers, row_blocks
+from loraconv.verifier.fused.rounding import Delta, compare_block, numbers, row_blocks
 from loraconv.verifier.numbers import Held, Outcome, Pair, compare, difference_norm, relative_error, same_bytes
 from loraconv.verifier.proof import Check, Control, Proof
 from loraconv.verifier.reshaped import ASKED, LEAST, NAMES, NUMBERS, STATED, Claims, Term
@@ -186,6 +186,66 @@ def test_numbers_are_worked_in_where_none_is_lost(dtype: str, stored: str, kind:
 def test_a_block_of_rows_is_half_a_mebibyte(shape: tuple[int, int], dtype: str, blocks: list[Any]) -> None:
     ref: Any = SimpleNamespace(shape=shape, dtype=dtype)
     assert list(row_blocks(ref)) == blocks
+
+
+def told(base: Any, stored: Any, delta: Delta, dtype: str, start: int = 0) -> Any:
+    work = np.float32 if dtype in ("F16", "BF16") else np.float64
+    return compare_block(base.astype(work), stored.astype(work), delta, start, dtype)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("dtype", "unit", "step"), [("F16", 2.0**-10, 2.0**-23), ("BF16", 2.0**-7, 2.0**-23),
+                                                     ("F32", 2.0**-23, ULP)])  # fmt: skip
+def test_a_sum_beside_the_middle_of_two_numbers_is_judged_exactly(
+    dtype: str, unit: float, step: float, sign: int
+) -> None:
+    """1 + unit / 2 and some steps of the arithmetic more or less: rounded to 1 or to 1 + unit, one is the nearest."""
+    steps = np.arange(-40, 41)
+    delta = Delta.of(np.array([[float(sign)]]), (unit / 2 + steps * step)[None])
+    base = np.full((1, len(steps)), float(sign))
+    noise = 1 if dtype == "F32" else 0  # float64's own, of a sum near 1
+    for stored, wrong in ((base, steps > noise), (base * (1 + unit), steps < -noise)):
+        figures = told(base, stored, delta, dtype)
+        assert (figures.elements, figures.misrounded) == (81, wrong.sum())
+        assert figures.changed == (0 if stored is base else 81)
+        if dtype != "F32":  # what float32 excuses of a sum near 1 is half a step
+            assert figures.wrong == wrong.sum()
+        assert figures.far == figures.nonfinite == 0
+    for stored in (base * (1 + 2 * unit), base * (1 - unit)):
+        figures = told(base, stored, delta, dtype)
+        assert (figures.wrong, figures.far, figures.ulps) == (81, 81, pytest.approx(1.5, abs=0.01))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 64, 65, 150])
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+def test_the_figures_of_a_block_are_those_of_every_element_in_float64(dtype: str, rank: int) -> None:
+    """Some of what is stored is right, some off by a unit or by many; rows 5 and on of a delta."""
+    rng = np.random.default_rng(rank)
+    kind = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[dtype]
+
+    def rounded(array: Any) -> Any:
+        return torch.from_numpy(array).to(kind).double().numpy()
+
+    up, down = rng.normal(size=(25, rank)), rng.normal(size=(rank, 30))
+    product = (up @ down)[5:]
+    base = rounded(rng.normal(size=(20, 30)))
+    right = rounded(base + product)
+    off = rng.choice([0, 0, 0, 1, 1, 40], size=right.shape)
+    stored = rounded(right * (1 + off * torch.finfo(kind).eps))
+    figures = told(base, stored, Delta.of(up, down), dtype, start=5)
+    nearest = np.abs(stored - base - product) <= np.abs(right - base - product)
+    assert figures.misrounded == np.count_nonzero(~nearest)
+    there = torch.from_numpy(np.where(stored < base + product, np.inf, -np.inf)).to(kind)
+    half = np.abs(torch.nextafter(torch.from_numpy(stored).to(kind), there).double().numpy() - stored) / 2
+    lengths = np.linalg.norm(up[5:], axis=1)[:, None] * np.linalg.norm(down, axis=0) * (rank + 8)
+    sums = (np.abs(base) + np.abs(product)) * (dtype != "F32")
+    wrong = np.abs(stored - base - product) > half + (lengths + sums) * 2.0**-24
+    assert figures.wrong == figures.worst == np.count_nonzero(wrong)
+    assert figures.changed == np.count_nonzero(stored != base)
+    assert (figures.elements, figures.worst_row, figures.nonfinite) == (600, 5, 0)
+    assert figures.size == pytest.approx(np.sum(product**2), rel=1e-5)
+    assert figures.rest == pytest.approx(np.sum((stored - base - product) ** 2), rel=1e-3)
+    assert figures.along == pytest.approx(np.sum((stored - base) * product), rel=1e-3, abs=1e-9)
 
 
 # --- which dtype ----------------------------------------------------------------------------------------------------
