@@ -4,9 +4,9 @@ Turned, each in a mutant of its own: comparisons (to the neighbour and to the op
 of ``if`` and of comprehensions, arithmetic and set operators, signs, numbers (one more), True and False, strings that
 are compared, looked up or cut off. Taken out: what is returned, statements that are calls, ``raise``, ``continue``.
 
-Left out: docstrings, annotations and types; what people read (the arguments of ``raise``, f-strings, sentences); decorators,
-``TYPE_CHECKING`` and ``__all__``; ``strict=`` of zip, which guards against our own mistakes; lone assignments, whose
-removal any test sees.
+Left out: docstrings, annotations and types; what people read (the arguments of ``raise``, f-strings, sentences);
+decorators, ``TYPE_CHECKING`` and ``__all__``; ``strict=`` of zip, which guards against our own mistakes; lone
+assignments, whose removal any test sees.
 """
 
 from __future__ import annotations
