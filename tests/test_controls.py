@@ -209,7 +209,9 @@ def half(array: Any) -> Any:
     return array.astype(np.float16)
 
 
-def wrong_sums(read: Any, monkeypatch: pytest.MonkeyPatch, size: int = 8) -> tuple[dict[str, Any], dict[str, Any]]:
+def wrong_sums(
+    read: Any, monkeypatch: pytest.MonkeyPatch, size: int = 8, modules: Any = (Q, K, LATER)
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Mistake -> the numbers that the proof is shown; and what goes into them: base, ups, downs."""
     rng = np.random.default_rng(2)
     base = {f"{m}.weight": half(rng.normal(size=(size, 8))) for m in (Q, K, LATER)}
@@ -224,7 +226,7 @@ def wrong_sums(read: Any, monkeypatch: pytest.MonkeyPatch, size: int = 8) -> tup
     right = {f"{m}.weight": half(base[f"{m}.weight"] + 0.375 * ups[m] @ downs[m]) for m in ups}
     extra = 2 * more[Q][0] @ more[Q][1]
     right[f"{Q}.weight"] = half(base[f"{Q}.weight"] + 0.375 * ups[Q] @ downs[Q] + extra)
-    case = Case(read("base", base), terms, read("fused", right), [Q, K, LATER], None, None)
+    case = Case(read("base", base), terms, read("fused", right), modules, None, None)
     shown = []
     looked = fused.compare_block
 
@@ -262,6 +264,12 @@ def test_the_mistakes_in_a_fused_model_are_what_they_are_called(read: Any, monke
     bits = (stored.view(np.uint16) ^ flipped.view(np.uint16)).ravel()
     assert sorted(bits)[-2:] == [0, 1 << 9]
     assert np.argmax(bits) == np.argmax(np.abs(stored))
+
+
+def test_the_last_layer_is_mistaken_for_the_one_before(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, given = wrong_sums(read, monkeypatch, modules=(LATER,))
+    own, other = given["base"][f"{LATER}.weight"].astype(np.float64), 0.375 * given["ups"][Q] @ given["downs"][Q]
+    assert np.array_equal(told["layers shifted by one"], half(own + other + given["extra"]).astype(np.float64))
 
 
 def test_a_delta_that_is_no_square_is_not_transposed(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:

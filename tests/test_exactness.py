@@ -376,6 +376,17 @@ def test_a_sum_that_is_exact_has_no_error_and_all_its_mistakes_are_found() -> No
     assert by_name["up zeroed"] == Control("up zeroed", True, NUMBERS)
 
 
+def test_a_scale_that_a_file_can_only_say_rounded_stands_for_the_short_number() -> None:
+    """1 / 49 in float64, taken the other way round, is off 49 by a unit in the last place."""
+    said = Fraction(1 / 49)
+    assert float(1 / said) != 49
+    one = drawn(1)
+    stored = {m: replace(p, up=Held(p.up.values * 49, "F32"), scale=said) for m, p in one.items()}  # type: ignore[union-attr]
+    assert proved([one], stored).checks[1].detail == "2 of 2 equal number for number"
+    moved = {m: replace(p, scale=said * (1 + Fraction(1, 2**47))) for m, p in stored.items()}
+    assert proved([one], moved).checks[1].detail == "0 of 2 equal number for number"
+
+
 def test_mistakes_that_only_sums_can_have_say_where_they_change_nothing() -> None:
     one, zero = drawn(1), {m: replace(p, up=Held(p.up.values * 0, "F32")) for m, p in drawn(2).items()}  # type: ignore[union-attr]
     shorter = drawn(3, rank=2)
