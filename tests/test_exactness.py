@@ -105,6 +105,17 @@ def test_the_distance_of_two_products_is_right_where_factors_are_nearly_alike(ne
     assert difference_norm(up, down, other @ turn, turn.T @ down) == pytest.approx(exact, rel=1e-5, abs=least)
 
 
+def test_ordinary_factors_are_measured_without_the_slower_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def product_norm(up: Any, down: Any) -> float:
+        raise AssertionError("a QR of the stacked factors")
+
+    monkeypatch.setattr("loraconv.verifier.numbers.product_norm", product_norm)
+    rng = np.random.default_rng(0)
+    up, down, other = rng.normal(size=(30, 4)), rng.normal(size=(4, 20)), rng.normal(size=(30, 4))
+    for second in (other, up * (1 + 1e-5)):
+        assert difference_norm(up, down, second, down) == pytest.approx(np.linalg.norm((up - second) @ down), rel=1e-6)
+
+
 def test_no_factor_that_is_infinite_has_a_distance() -> None:
     one = np.ones((2, 2))
     for place in range(4):
