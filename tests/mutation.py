@@ -40,10 +40,10 @@ SCOPE = ("src/loraconv/rules.py", "src/loraconv/verifier")
 TESTS = (
     "accounting", "algebra", "alpha_and_fused", "bases", "causes", "changes", "consumer_rules", "consumers", "controls",
     "dialects", "difference", "diffusers_oracle", "exactness", "extension", "extract", "extracted", "flux_dialects",
-    "forward", "fuse", "fuse_hf_llava", "fuse_llava", "fused_causes", "loadable", "merge", "merging", "namespace_oracles",
-    "namespaces", "naming", "proof", "readings", "registry", "report_html", "resize", "roundtrip", "rules",
-    "sat2diffusers", "sdxl", "spectrum", "split", "unfuse", "variants", "verifier_parts", "verify", "verify_changes",
-    "verify_forward", "verify_fused", "zero_shards",
+    "forward", "fuse", "fuse_hf_llava", "fuse_llava", "fused_causes", "loadable", "merge", "merging",
+    "namespace_oracles", "namespaces", "naming", "proof", "readings", "registry", "report_html", "resize", "roundtrip",
+    "rules", "sat2diffusers", "sdxl", "spectrum", "split", "unfuse", "variants", "verifier_parts", "verify",
+    "verify_changes", "verify_forward", "verify_fused", "zero_shards",
 )  # fmt: skip
 #: Seconds of processor time a mutant may take besides five times that of its tests.
 GRACE = 30

@@ -86,7 +86,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], bool]] = {
     "one fan": ({"fan_in_fan_out": True}, False), "no LoRA": ({"peft_type": "LOHA"}, False),
     "DoRA": ({"use_dora": True}, False), "fewer targets": ({"target_modules": ["a.q"]}, False),
     "more targets": ({"target_modules": ["a.q", "a.k", "a.v"]}, False),
-    "a pattern": ({"target_modules": "a.[qk]"}, False), "in another order": ({"target_modules": ["a.k", "a.q"]}, True), "another rank": ({"r": 3}, False),
+    "a pattern": ({"target_modules": "a.[qk]"}, False), "in another order": ({"target_modules": ["a.k", "a.q"]}, True),
+    "another rank": ({"r": 3}, False),
     "a rank of its own": ({"r": 3, "rank_pattern": {"q": 2, "k": 2}}, True),
     "one rank of its own": ({"r": 3, "rank_pattern": {"q": 2}}, False),
 }  # fmt: skip
