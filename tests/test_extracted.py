@@ -132,6 +132,12 @@ def test_every_changed_tensor_is_a_module_or_said_to_be_left_out(case: Case) -> 
     assert failed(case.proof(left=["steps"])) == {ALL: "norm.weight"}
 
 
+def test_of_many_tensors_four_are_named(case: Case) -> None:
+    for name in "abcdef":
+        case.base[name], case.tuned[name] = np.zeros(2, np.float32), np.ones(2, np.float32)
+    assert failed(case.proof()) == {ALL: "a; b; c; d"}
+
+
 def test_a_module_that_changed_nothing_or_is_not_there_is_named(case: Case) -> None:
     case.tuned[f"{K}.weight"] = case.base[f"{K}.weight"]
     assert failed(case.proof()) == {ALL: f"{K}.weight"}

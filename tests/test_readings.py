@@ -6,6 +6,7 @@ Each expected delta is made here from the factors by the format's rule.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from loraconv.verifier.numbers import Expectation, Held, Pair, values
 from loraconv.verifier.oracles import by_pattern, pairs_of
 from loraconv.verifier.origin import check_origin
 from loraconv.verifier.proof import Check
+from loraconv.verifier.reshaped import named_check
 from loraconv.verifier.spelled import check_magnitudes, magnitudes_of, passed_over, sort_keys
 
 RNG = np.random.default_rng(0)
@@ -240,6 +242,20 @@ def test_bytes_are_counted_where_dtype_and_scale_stay(read: Read) -> None:
     halved = Expectation(pairs(one, Fraction(1, 2)), expected.dtypes)
     assert not prove_adapter(halved, pairs(two, Fraction(1, 2)), scale_ignored=True).checks[-1].passed
     assert prove_adapter(halved, pairs(two, Fraction(1, 2)), scale_ignored=False).passed
+
+
+def test_of_many_modules_four_are_named() -> None:
+    names = list("abcdef")
+    one = {m: Pair(Held(np.ones((1, 2)), "F32"), Held(np.ones((2, 1)), "F32"), Fraction(1)) for m in names}
+    twice = {m: replace(p, scale=Fraction(2)) for m, p in one.items()}
+    expected = Expectation(one, dict.fromkeys(names, ("F32", "F32")))
+    assert check_adapter(expected, twice)[2].detail == "another delta in a; b; c; d"
+    assert check_adapter(expected, {})[0].detail == "missing, unexpected or of another shape: a; b; c; d"
+    record = check_origin(one, {"": {"alpha": "2", "rank": 1}}, {})
+    assert record.detail == "another alpha or rank than the source has: a; b; c; d"
+    seen = [SimpleNamespace(module=m, faults=("x",)) for m in names]
+    assert named_check("L2", "x", seen) == Check("L2", "x", False, 6, detail="a; b; c; d")  # type: ignore[arg-type]
+    assert named_check("L2", "y", seen) == Check("L2", "y", True, 6)  # type: ignore[arg-type]
 
 
 # --- what stands beside -----------------------------------------------------------------------------------------------
