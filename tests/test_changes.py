@@ -146,6 +146,8 @@ TABLES: dict[str, tuple[str, Any, Any, str]] = {
     "never used, missing": ("transformer.position_embeddings.weight", LEARNED, None, "table-unused"),
     "lost": ("pos_embed", LEARNED, None, "table-lost"),
     "left out": ("pos_embed", WAVES, None, "table-uncomputed"),
+    "left out, computed in part": ("pos_embed", np.concatenate([WAVES, LEARNED]), None, "table-lost"),
+    "left out, with rows of zeros": ("pos_embed", np.concatenate([WAVES * 0, WAVES]), None, "table-uncomputed"),
     "trained on": ("pos_embed", LEARNED, LEARNED * np.float32(1.5), "changed"),
     "doubled": ("pos_embed", LEARNED, LEARNED * np.float32(2), "table-remade"),
     "in its place a computed one": ("pos_embed", LEARNED, WAVES, "table-remade"),

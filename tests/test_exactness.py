@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from loraconv.verifier.dtypes import expected_dtypes
+from loraconv.verifier.fused.figures import judge
 from loraconv.verifier.fused.rounding import Delta, compare_block, numbers, row_blocks
 from loraconv.verifier.numbers import Held, Outcome, Pair, compare, difference_norm, relative_error, same_bytes
 from loraconv.verifier.proof import Check, Control, Proof
@@ -259,6 +260,23 @@ def test_the_figures_of_a_block_are_those_of_every_element_in_float64(dtype: str
     assert figures.along == pytest.approx(np.sum((stored - base) * product), rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("stored", "base", "added", "wrong", "nonfinite"),
+    [
+        (1.0, np.inf, -np.inf, 1, 0), (np.nan, np.inf, -np.inf, 0, 0), (np.nan, np.nan, 1.0, 0, 0),
+        (1.0, np.nan, 1.0, 1, 0), (np.nan, 1.0, 1.0, 1, 1), (np.inf, 1.0, 1.0, 1, 1), (np.inf, np.inf, 1.0, 0, 0),
+        (-np.inf, np.inf, 1.0, 1, 0), (2.0, np.inf, 1.0, 1, 0), (2.0, 1.0, 1.0, 0, 0),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_none_are_right_where_the_sum_is_none(
+    stored: float, base: float, added: float, wrong: int, nonfinite: int
+) -> None:
+    one, two, three = (np.array([x]) for x in (stored, base, added))
+    with np.errstate(invalid="ignore"):
+        figures = judge(one, two, three, np.zeros(1), "F16")
+    assert (figures.misrounded, figures.wrong, figures.far, figures.nonfinite) == (wrong, wrong, wrong, nonfinite)
+
+
 # --- which dtype ----------------------------------------------------------------------------------------------------
 
 TINY = 2.0**-24
@@ -368,6 +386,11 @@ def proved(sources: list[dict[str, Pair]], stored: dict[str, Pair], ignored: boo
     strengths = [Fraction(1), Fraction(1, 2)]
     terms = [Term(pairs, strength) for pairs, strength in zip(sources, strengths, strict=False)]
     return prove_reshaped(terms, stored, Claims(**{"errors": {}} | claims), ignored)
+
+
+@pytest.mark.parametrize(("scale", "weight"), [(Fraction(3, 4), Fraction(3, 8)), (0.7, 0.35)])
+def test_a_source_counts_at_its_scale_times_the_strength(scale: Any, weight: Any) -> None:
+    assert Term({"m": pair(1.0, scale=scale)}, Fraction(1, 2)).weight("m") == weight
 
 
 def test_a_sum_that_is_exact_has_no_error_and_all_its_mistakes_are_found() -> None:
