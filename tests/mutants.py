@@ -4,9 +4,9 @@ Turned, each in a mutant of its own: comparisons (to the neighbour and to the op
 of ``if`` and of comprehensions, arithmetic and set operators, signs, numbers (one more), True and False, strings that
 are compared, looked up or cut off. Taken out: what is returned, statements that are calls, ``raise``, ``continue``.
 
-Left out: docstrings and annotations; what people read (the arguments of ``raise``, f-strings, sentences); decorators,
-``TYPE_CHECKING`` and ``__all__``; ``strict=`` of zip, which guards against our own mistakes; lone assignments, whose
-removal any test sees.
+Left out: docstrings, annotations and types; what people read (the arguments of ``raise``, f-strings, sentences);
+decorators, ``TYPE_CHECKING`` and ``__all__``; ``strict=`` of zip, which guards against our own mistakes; lone
+assignments, whose removal any test sees.
 """
 
 from __future__ import annotations
@@ -148,6 +148,8 @@ def _is_idle(node: ast.AST) -> bool:
             return True
         case ast.If(test=ast.Name(id="TYPE_CHECKING")) | ast.Assign(targets=[ast.Name(id="__all__")]):
             return True
+        case ast.Subscript(value=ast.Name(id="Callable" | "Literal" | "dict" | "list" | "tuple")):  # a type
+            return True
     return False
 
 
@@ -220,7 +222,7 @@ def _strings(node: ast.AST) -> Iterator[ast.Constant]:
     match node:
         case ast.Compare(left=left, comparators=others):
             found = [left, *others]
-        case ast.Subscript(value=value, slice=key) if ast.unparse(value) != "Literal":
+        case ast.Subscript(slice=key):
             found = [key]
         case ast.Dict(keys=keys):
             found = [*keys]

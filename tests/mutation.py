@@ -11,6 +11,8 @@ forks of one that has torch and diffusers loaded; a mutant takes a second or two
 from __future__ import annotations
 
 import argparse
+import ast
+import builtins
 import contextlib
 import hashlib
 import importlib.util
@@ -24,11 +26,9 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -38,9 +38,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SCOPE = ("src/loraconv/rules.py", "src/loraconv/verifier")
 #: The test files that reach the scope without a process of their own.
 TESTS = (
-    "alpha_and_fused", "consumers", "dialects", "difference", "diffusers_oracle", "extension", "extract", "forward",
-    "fuse", "merge", "naming", "proof", "registry", "report_html", "resize", "roundtrip", "rules", "sat2diffusers",
-    "spectrum", "split", "verifier_parts", "verify", "verify_changes", "verify_forward", "verify_fused",
+    "accounting", "algebra", "alpha_and_fused", "bases", "causes", "changes", "consumer_rules", "consumers", "controls",
+    "dialects", "difference", "diffusers_oracle", "exactness", "extension", "extract", "extracted", "flux_dialects",
+    "forward", "fuse", "fuse_hf_llava", "fuse_llava", "fused_causes", "loadable", "merge", "merging",
+    "namespace_oracles", "namespaces", "naming", "proof", "readings", "registry", "report_html", "resize", "roundtrip",
+    "rules", "sat2diffusers", "sdxl", "spectrum", "split", "unfuse", "variants", "verifier_parts", "verify",
+    "verify_changes", "verify_forward", "verify_fused", "zero_shards",
 )  # fmt: skip
 #: Seconds of processor time a mutant may take besides five times that of its tests.
 GRACE = 30
@@ -49,42 +52,41 @@ BUDGET = 30
 #: What kills a mutant that takes too long, or breaks the process.
 STOPPED = "stopped"
 
+#: The name under which marked code finds what it tells that it is reached.
+MARK = "__reached__"
+
+#: The name under which what runs at import is kept among the tests.
+IMPORT = "import"
+
 Lines = set[tuple[str, int]]
 
 
 class Trace:
-    """A plugin of pytest: which test that passes reaches which line in scope, and what it costs in processor time."""
+    """A plugin of pytest: which test that passes reaches which statement in scope, and what it costs in processor time.
+    The statements say so themselves, see :func:`marked`."""
 
-    def __init__(self, root: Path) -> None:
-        self.places = tuple(str(root / place) for place in SCOPE)
-        self.begin = len(str(root)) + 1
+    def __init__(self, modules: Iterable[str]) -> None:
+        self.modules = modules
         self.reached: Lines = set()
+        self.imported: Lines = set()
         self.shared: Lines = set()
         self.tests: dict[str, dict[str, Any]] = {}
-        self.known: dict[CodeType, bool] = {}
+        setattr(builtins, MARK, lambda place: self.reached.add(place))
 
-    def _calls(self, frame: FrameType, event: str, arg: object) -> Any:
-        code = frame.f_code
-        if code not in self.known:
-            self.known[code] = code.co_filename.startswith(self.places)
-        return self._steps if self.known[code] else None
-
-    def _steps(self, frame: FrameType, event: str, arg: object) -> Any:
-        self.reached.add((frame.f_code.co_filename[self.begin :], frame.f_lineno))
-        return self._steps
+    def pytest_collection_finish(self) -> None:
+        """What functions do at import makes tables, which any test may look at."""
+        for module in self.modules:
+            importlib.import_module(module)
+        self.imported = self.reached
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
         forget_caches()
         self.reached = set()
         begin = processor_time()
-        threading.settrace(self._calls)
-        sys.settrace(self._calls)
         try:
             return (yield)
         finally:
-            sys.settrace(None)
-            threading.settrace(None)  # type: ignore[arg-type]
             entry = self.tests.setdefault(item.nodeid, {"passed": False})
             entry |= {"cost": processor_time() - begin, "lines": self.reached}
 
@@ -104,12 +106,51 @@ class Trace:
             self.tests.setdefault(report.nodeid, {})["passed"] = report.passed
 
     def told(self) -> dict[str, Any]:
-        """Test -> its cost and its lines, for those that passed."""
-        return {
+        """Test -> its cost and its lines, for those that passed; under :data:`IMPORT`, what runs at import."""
+        return {IMPORT: {"cost": 0.0, "lines": sorted(self.imported)}} | {
             test: {"cost": entry["cost"], "lines": sorted(entry["lines"] | self.shared)}
             for test, entry in self.tests.items()
             if entry["passed"]
         }
+
+
+@contextlib.contextmanager
+def marked(root: Path, paths: Iterable[str]) -> Iterator[None]:
+    """While it lasts, every statement of a function in these files of the copy tells that it is reached."""
+    files = {root / path: ((root / path).read_bytes(), (root / path).stat()) for path in paths}
+    for file, (text, _) in files.items():
+        tree = ast.parse(text)
+        _mark_functions(tree.body, str(file.relative_to(root)))
+        first = next((n + 1 for n, step in enumerate(tree.body) if isinstance(step, ast.ImportFrom)), 0)
+        # A process that a test starts has nothing to tell it to.
+        tree.body[first:first] = ast.parse(f"import builtins\n{MARK} = getattr(builtins, {MARK!r}, id)").body
+        file.write_text(ast.unparse(tree), encoding="utf-8")
+    try:
+        yield
+    finally:
+        for file, (text, times) in files.items():
+            file.write_bytes(text)
+            os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def _mark_functions(steps: list[ast.stmt], path: str) -> None:
+    for step in steps:
+        if isinstance(step, ast.FunctionDef):
+            step.body = _with_marks(step.body, path)
+        elif isinstance(step, ast.ClassDef):
+            _mark_functions(step.body, path)
+
+
+def _with_marks(steps: list[ast.stmt], path: str) -> list[ast.stmt]:
+    made = []
+    for step in steps:
+        for part in (step, *getattr(step, "handlers", ()), *getattr(step, "cases", ())):
+            for name in ("body", "orelse", "finalbody"):
+                setattr(part, name, _with_marks(getattr(part, name, []), path))
+        is_text = isinstance(step, ast.Expr) and isinstance(step.value, ast.Constant)
+        made += [] if is_text else ast.parse(f"{MARK}(({path!r}, {step.lineno}))").body
+        made.append(step)
+    return made
 
 
 def processor_time() -> float:
@@ -208,6 +249,12 @@ def copy(root: Path) -> None:
     (root / "src/loraconv/demo_run").symlink_to(root / "fixtures/sat/cogvideox-2b-t2v")
 
 
+def in_scope(root: Path) -> list[str]:
+    """The files that are mutated, as paths in the repository."""
+    found = [p for place in SCOPE for p in sorted([*(root / place).rglob("*.py")] or [root / place])]
+    return [str(path.relative_to(root)) for path in found]
+
+
 def digest(paths: Iterable[Path]) -> str:
     found = hashlib.sha256()
     for path in sorted(paths):
@@ -215,25 +262,30 @@ def digest(paths: Iterable[Path]) -> str:
     return found.hexdigest()[:16]
 
 
-def cover(root: Path, work: Path) -> dict[str, dict[str, Any]]:
-    """Every test with its cost and the lines that it reaches; what is known from an earlier run is not run again."""
+def cover(root: Path, work: Path) -> tuple[dict[str, dict[str, Any]], Lines]:
+    """Every test with its cost and the lines that it reaches, and the lines in functions that are reached at import;
+    what is known from an earlier run is not run again."""
     known = digest([*(root / "src").rglob("*.py"), *(root / "converters").rglob("*.py"), root / "tests/sat_run.py"])
     found: dict[str, dict[str, Any]] = {}
+    imported: Lines = set()
     for name in TESTS:
         path = root / f"tests/test_{name}.py"
         record = work / f"{name}-{known}-{digest([path])}.json"
         if not record.exists():
 
             def trace(path: Path = path, record: Path = record) -> int:
-                plugin = Trace(root)
+                plugin = Trace(p.removeprefix("src/").removesuffix(".py").replace("/", ".") for p in in_scope(root))
                 run_tests(root, [str(path)], plugin)
                 record.write_text(json.dumps(plugin.told()), encoding="utf-8")
                 return 0
 
-            forked(trace, 3600, work / "trace.log")
-        found |= json.loads(record.read_text(encoding="utf-8"))
+            with marked(root, in_scope(root)):
+                forked(trace, 3600, work / "trace.log")
+        told = json.loads(record.read_text(encoding="utf-8"))
+        imported |= set(map(tuple, told.pop(IMPORT)["lines"]))
+        found |= told
         print(f"{name}: {len(found)} tests so far", file=sys.stderr, flush=True)
-    return found
+    return found, imported
 
 
 def file_of(test: str) -> str:
@@ -243,8 +295,8 @@ def file_of(test: str) -> str:
 class Coverage:
     """Which tests reach a line, in the order in which they are worth running."""
 
-    def __init__(self, tests: dict[str, dict[str, Any]]) -> None:
-        self.tests = tests
+    def __init__(self, tests: dict[str, dict[str, Any]], imported: Lines) -> None:
+        self.tests, self.imported = tests, imported
         self.by_line: dict[tuple[str, int], set[str]] = {}
         self.by_file: dict[str, set[str]] = {}
         for test, entry in tests.items():
@@ -256,18 +308,29 @@ class Coverage:
         """The tests that reach the statement. Of one that runs at import, those of every test file that reaches its
         file (or its folder, where nothing in the file runs later): a test of a table may look at it and run nothing."""
         first, last = mutant.lines
-        found = set().union(*(self.by_line.get((mutant.path, line), ()) for line in range(first, last + 1)))
-        if not mutant.in_function:
+        places = [(mutant.path, line) for line in range(first, last + 1)]
+        found = set().union(*(self.by_line.get(place, ()) for place in places))
+        if not mutant.in_function or self.imported.intersection(places):
             folder = mutant.path.rpartition("/")[0]
             near = (tests for path, tests in self.by_file.items() if path.rpartition("/")[0] == folder)
             files = {file_of(test) for test in self.by_file.get(mutant.path) or set().union(*near)}
             found |= {test for test in self.tests if file_of(test) in files}
-        ordered = sorted(found, key=lambda t: (round(math.log2(self.cost([t]) + 0.05)), file_of(t), t))
+        ordered = self.ordered(found)
         costs = list(itertools.accumulate(self.cost([test]) for test in ordered))
         return [test for test, cost in zip(ordered, costs, strict=True) if cost <= BUDGET or test == ordered[0]]
 
+    def ordered(self, tests: Iterable[str]) -> list[str]:
+        """Those that cost least first; a test with many parameters only counts as cheap for the first few of them, lest
+        one test in a hundred forms takes the time of a hundred others."""
+        by_function: dict[str, list[str]] = {}
+        for test in sorted(tests, key=lambda t: (self.cost([t]), t)):
+            by_function.setdefault(test.partition("[")[0], []).append(test)
+        ranked = ((t, n) for forms in by_function.values() for n, t in enumerate(forms))
+        found = sorted(ranked, key=lambda one: (round(math.log2((self.cost([one[0]]) + 0.02) * (1 + one[1]))), one[0]))
+        return [test for test, _ in found]
+
     def cost(self, tests: Iterable[str]) -> float:
-        """Seconds of processor time, traced, which is a few times as long as without."""
+        """Seconds of processor time."""
         return sum(self.tests[test]["cost"] for test in tests)
 
 
@@ -277,7 +340,7 @@ class Bench:
     def __init__(self, work: Path) -> None:
         self.work, self.root = work, work / "copy"
         copy(self.root)
-        self.coverage = Coverage(cover(self.root, work))
+        self.coverage = Coverage(*cover(self.root, work))
 
     def run(self, tests: list[str]) -> list[str]:
         """The tests that fail, up to the first; ``[STOPPED]`` where they take too long, or the process breaks down."""
@@ -340,11 +403,10 @@ def main() -> None:
     for name in ("hypothesis", "peft", "torch", "diffusers.pipelines.cogvideo.pipeline_cogvideox"):
         importlib.import_module(name)
     bench = Bench(work.resolve())
-    paths = [
-        str(p.relative_to(ROOT)) for place in SCOPE for p in sorted([*(ROOT / place).rglob("*.py")] or [ROOT / place])
-    ]
     told = {name for path in options.but for name in results(path)}
-    everything = [m for path in paths for m in mutants(ROOT, path) if options.only in m.name and m.name not in told]
+    everything = [
+        m for path in in_scope(ROOT) for m in mutants(ROOT, path) if options.only in m.name and m.name not in told
+    ]
     chosen = draw(everything, min(options.count, len(everything)), options.seed)
     print(f"{len(everything)} mutants, {len(chosen)} drawn with seed {options.seed}", flush=True)
     report(bench, chosen, options.out)

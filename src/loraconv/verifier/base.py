@@ -15,7 +15,7 @@ from loraconv.lazy import Joined, Lazy, TensorRef, Viewed
 from loraconv.names import fold_names
 from loraconv.verifier.config import DIT, POSITIONS, Settings, check_config, expected_config, is_rotary
 from loraconv.verifier.coverage import check_coverage
-from loraconv.verifier.numbers import Held, Pair, Tensor, coarse, compare, same_bytes, same_numbers, values
+from loraconv.verifier.numbers import Held, Tensor, coarse, rounded_once, same_bytes, same_numbers, values
 from loraconv.verifier.positions import agrees
 from loraconv.verifier.proof import Check, Control, Proof
 
@@ -190,12 +190,7 @@ def _agrees(expected: Lazy, stored: Tensor, dtype: str | None) -> bool:
         return False
     if dtype is None:
         return _unchanged(expected, stored) if isinstance(stored, Held) else same_bytes(expected, stored)
-    if stored.dtype != dtype:
-        return False
-    one = values(expected).reshape(-1, 1)
-    unit = Held(one[:1] * 0 + 1, "F64")
-    other = Held(values(stored).reshape(-1, 1), stored.dtype)
-    return compare(Pair(unit, Held(one, expected.dtype), 1), Pair(unit, other, 1)).within
+    return stored.dtype == dtype and rounded_once(values(expected), values(stored), dtype)
 
 
 def _controls(

@@ -90,7 +90,7 @@ def compare(expected: Pair, stored: Pair) -> Outcome:
     ):
         return Outcome(True, True)
     down, up = values(expected.down), _rescaled(expected.up, ratio)
-    near_down = _near(down, values(stored.down), slack(down, stored.down.dtype))
+    near_down = rounded_once(down, values(stored.down), stored.down.dtype)
     return Outcome(False, near_down and _near(up, values(stored.up), _up_slack(up, stored.up.dtype, exact)))
 
 
@@ -160,12 +160,18 @@ def slack(exact: Array, dtype: str) -> Array:
     return np.maximum(size * relative * (1 + 2.0**-20), least)
 
 
+def rounded_once(exact: Array, stored: Array, dtype: str) -> bool:
+    """True if every number that is stored in ``dtype`` is within half a unit in the last place of the exact one."""
+    return _near(exact, stored, slack(exact, dtype))
+
+
 def _near(one: Array, other: Array, room: Array) -> bool:
     import numpy as np
 
     with np.errstate(invalid="ignore"):
-        fine = (np.abs(one - other) <= room) | (np.isnan(one) & np.isnan(other)) | (one == other)
-    return bool(np.all(fine))
+        # The room around an infinity is infinite, and only that infinity is meant.
+        near = np.isfinite(one) & (np.abs(one - other) <= room)
+        return bool(np.all(near | (np.isnan(one) & np.isnan(other)) | (one == other)))
 
 
 def _norm(array: Array) -> float:

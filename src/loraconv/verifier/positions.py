@@ -83,7 +83,6 @@ def agrees(stored: TensorRef, config: Mapping[str, Any]) -> tuple[bool, float, f
     for own in frames_of(config):
         off = _single(flat.rows(at, at + len(own)))
         off -= own
-        worst = float(np.max(np.abs(off, out=off), initial=0.0))
-        gap = gap if worst <= gap else worst  # NaN stays
+        gap = float(np.maximum(gap, np.max(np.abs(off, out=off), initial=0.0)))  # NaN stays
         at += len(own)
     return gap <= bound, gap, bound

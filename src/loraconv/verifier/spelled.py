@@ -15,7 +15,7 @@ from math import prod
 from loraconv.lazy import Joined, TensorRef
 from loraconv.names import FLOAT_DTYPES
 from loraconv.verifier.diagnosis import Finding, finding
-from loraconv.verifier.numbers import HALF_ULP, Tensor, values
+from loraconv.verifier.numbers import HALF_ULP, Tensor, rounded_once, same_numbers, values
 from loraconv.verifier.original_names import Share, here
 from loraconv.verifier.proof import Check
 
@@ -165,12 +165,9 @@ def by_column(magnitudes: Tensor) -> bool:
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
     """Equal numbers, in any shape of one size; in two dtypes, within a rounding to the narrower."""
-    import numpy as np
-
     first, second = values(one).reshape(-1), values(other).reshape(-1)
     if first.shape != second.shape or by_column(one) != by_column(other):
         return False
-    relative, least = (0.0, 0.0) if one.dtype == other.dtype else max(HALF_ULP[one.dtype], HALF_ULP[other.dtype])
-    with np.errstate(invalid="ignore"):
-        room = np.maximum(np.abs(first) * relative * (1 + 2.0**-20), least)
-        return bool(np.all((np.abs(first - second) <= room) | (first == second) | (np.isnan(first) & np.isnan(second))))
+    if one.dtype == other.dtype:
+        return same_numbers(first, second)
+    return rounded_once(first, second, max(one.dtype, other.dtype, key=HALF_ULP.__getitem__))

@@ -143,7 +143,7 @@ def _configured(consumer: ByConfig, config: Mapping[str, Any], kept: Collection[
     by_keys = consumer.layers_by == "keys"
     known = _known({key.rpartition(".lora_")[0] for key in kept}) if by_keys else _targeted(config, names)
     layers = {module: _rank_and_scale(config, module) for module in known}
-    needed = max((CONFIG_FIELDS[name] for name in config if name in CONFIG_FIELDS), default=(0, 0))
+    needed = max(CONFIG_FIELDS[name] for name in config if name in CONFIG_FIELDS)
     needs = "peft {}.{}".format(*needed) if consumer.strict and needed > consumer.peft else ""
     return _Made(layers, config.get("use_dora") is True, config.get("lora_bias") is True, needs)
 
