@@ -359,9 +359,10 @@ class OutputFile:
         if not view.nbytes:
             return
         view = view.cast("B")
+        size = PIECE_BYTES if self._hash else len(view)
         try:
-            for start in range(0, len(view), PIECE_BYTES):
-                piece = view[start : start + PIECE_BYTES]
+            for start in range(0, len(view), size):
+                piece = view[start : start + size]
                 # The hash may look at the piece later than the caller reuses a buffer.
                 if self._hash:
                     self._hash.update(piece if isinstance(data, bytes) else bytes(piece))
