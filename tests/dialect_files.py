@@ -155,7 +155,8 @@ MODELS: dict[str, tuple[Module, ...]] = {
 class Format:
     """How a dialect's file is written. ``alpha`` says where it stands: tensor, header, settings, or nowhere.
     ``components`` is what stands before the names of a pipeline's UNet and text encoders, if the dialect has them;
-    ``models`` are those that it is for, none for any."""
+    ``models`` are those that it is for, none for any; ``own_names`` those whose modules it names as their repository
+    does, where it has diffusers' names for others."""
 
     file: str
     prefix: str
@@ -168,6 +169,7 @@ class Format:
     settings: Mapping[str, object] = field(default_factory=dict)
     components: Mapping[str, str] = field(default_factory=dict)
     models: tuple[str, ...] = ()
+    own_names: tuple[str, ...] = ()
 
 
 PIPELINE = ("unet", "text_encoder", "text_encoder_2")
@@ -239,6 +241,7 @@ FORMATS: dict[str, Format] = {
         alpha="tensor",
         components=_KOHYA,
     ),
+    "lycoris": Format("lycoris.safetensors", "lycoris_", *_DOWN_UP, flat=True, alpha="tensor"),
     "onetrainer": Format("onetrainer_lora.safetensors", "lora_transformer_", *_DOWN_UP, flat=True, alpha="tensor"),
     "peft": Format("adapter_model.safetensors", "base_model.model.", *_AB, alpha="settings", settings=_PEFT),
     "simpletuner": Format(_FILE, "transformer.base_model.model.", *_AB, components=_DOUBLED),
@@ -251,7 +254,9 @@ FORMATS: dict[str, Format] = {
         alpha="tensor",
         models=("hunyuan-video",),
     ),
-    "videox-fun": Format("videox_fun_lora.safetensors", "lora_unet__", *_DOWN_UP, flat=True, alpha="tensor"),
+    "videox-fun": Format(
+        "videox_fun_lora.safetensors", "lora_unet__", *_DOWN_UP, flat=True, alpha="tensor", own_names=("wan",)
+    ),
 }
 READ_ONLY = {"ai-toolkit", "diffusers-old", "diffusion-pipe", "finetrainers", "genmo", "simpletuner", "tencent"}
 
@@ -259,7 +264,7 @@ READ_ONLY = {"ai-toolkit", "diffusers-old", "diffusion-pipe", "finetrainers", "g
 def written_modules(model: str, form: Format) -> list[Module]:
     """The modules as this format has them: the repository's own, or one for each of diffusers'."""
     modules = MODELS[model]
-    if form.original:
+    if form.original or model in form.own_names:
         return list(modules)
     return [one(here, here, m.rows * len(own)) for m in modules for here, own in m.parts.items()]
 

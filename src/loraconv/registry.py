@@ -30,6 +30,7 @@ _TABLES = {
     "loraconv.converters.finetrainers":        "FINETRAINERS",
     "loraconv.converters.genmo":               "GENMO",
     "loraconv.converters.kohya":               "KOHYA",
+    "loraconv.converters.lycoris":             "LYCORIS",
     "loraconv.converters.onetrainer":          "ONETRAINER",
     "loraconv.converters.sat_lora":            "SAT_LORA",
     "loraconv.converters.simpletuner":         "SIMPLETUNER",
