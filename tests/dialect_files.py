@@ -134,6 +134,15 @@ MODELS: dict[str, tuple[Module, ...]] = {
         one("blocks.0.ffn.0", "blocks.0.ffn.net.0.proj", 32),
         one("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
     ),
+    "z-image": (
+        three("layers.29.attention.qkv", "layers.29.attention"),
+        three("noise_refiner.1.attention.qkv", "noise_refiner.1.attention"),
+        one("context_refiner.0.attention.out", "context_refiner.0.attention.to_out.0"),
+        one("layers.0.feed_forward.w1", "layers.0.feed_forward.w1", 24),
+        one("layers.0.adaLN_modulation.0", "layers.0.adaLN_modulation.0", 32),
+        one("x_embedder", "all_x_embedder.2-1"),
+        one("final_layer.adaLN_modulation.1", "all_final_layer.2-1.adaLN_modulation.1"),
+    ),
     "sdxl": (
         *(one(f"unet.{there}.{m}", f"unet.{here}.{m}") for there, here in _SDXL_BLOCKS for m in _SDXL_MODULES),
         one("unet.input_blocks.4.0.emb_layers.1", "unet.down_blocks.1.resnets.0.time_emb_proj", 16),

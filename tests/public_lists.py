@@ -23,7 +23,8 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class PublicList:
-    """One list. ``tensors`` has folded keys; ``to`` is where the tests convert it, ``drop`` what they leave behind."""
+    """One list. ``tensors`` has folded keys; ``to`` is where the tests convert it, ``drop`` what they leave behind;
+    ``one_way`` says that the format itself cannot be written again from there."""
 
     path: Path
     origin: tuple[str, ...]
@@ -36,6 +37,7 @@ class PublicList:
     settings: Mapping[str, Any] = field(default_factory=dict)
     to: str = "diffusers"
     drop: tuple[str, ...] = ()
+    one_way: bool = False
 
     @property
     def name(self) -> str:

@@ -50,6 +50,8 @@ HUNYUAN_DOUBLE = {
 HUNYUAN_SINGLE = {"linear1": 56, "linear2": 8, "modulation.linear": 24}
 QWEN = [f"attn.{m}" for m in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")]
 
+Z_IMAGE = [f"attention.{m}" for m in ("to_q", "to_k", "to_v", "to_out.0")] + [f"feed_forward.w{n}" for n in (1, 2, 3)]
+
 
 def kohya(modules: dict[str, int]) -> dict[str, int]:
     return {"lora_unet_" + module.replace(".", "_"): rows for module, rows in modules.items()}
@@ -104,6 +106,24 @@ CASES = {
         AB,
         None,
     ),
+    "z-image": (
+        "_convert_non_diffusers_z_image_lora_to_diffusers",
+        comfy(layers("layers", 2, eights(Z_IMAGE))),
+        AB,
+        2.0,
+    ),
+    "z-image-kohya": (
+        "_convert_non_diffusers_z_image_lora_to_diffusers",
+        kohya(layers("layers", 2, eights(Z_IMAGE))),
+        DOWN_UP,
+        2.0,
+    ),
+    "z-image-fused-kohya": (
+        "_convert_non_diffusers_z_image_lora_to_diffusers",
+        kohya(layers("layers", 2, {"attention.qkv": 24, "attention.out": 8, "adaLN_modulation.0": 32})),
+        DOWN_UP,
+        2.0,
+    ),
     "qwen-image-kohya": (
         "_convert_non_diffusers_qwen_lora_to_diffusers",
         kohya(layers("transformer_blocks", 2, eights(QWEN))),
@@ -127,7 +147,7 @@ def test_the_delta_is_the_one_of_diffusers_own_conversion(case: str, tmp_path: P
     save_file(tensors, tmp_path / "adapter.safetensors")
     convert: Callable[[Tensors], Tensors] = getattr(theirs, function)
     want = products(convert({name: tensor.clone() for name, tensor in tensors.items()}))
-    family = case.removesuffix("-kohya").removesuffix("-down-up").removeprefix("musubi-")
+    family = case.removesuffix("-kohya").removesuffix("-down-up").removesuffix("-fused").removeprefix("musubi-")
     loraconv.convert(tmp_path / "adapter.safetensors", out=tmp_path / "out", to="diffusers", family=family)
     got = products(load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors"))
     assert sorted(got) == sorted(want)

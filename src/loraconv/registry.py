@@ -48,6 +48,7 @@ _TABLES = {
     "loraconv.converters.models.sd3":           "SD3",
     "loraconv.converters.models.sdxl":          "SDXL",
     "loraconv.converters.models.wan":           "WAN",
+    "loraconv.converters.models.z_image":       "Z_IMAGE",
 }  # fmt: skip
 
 
