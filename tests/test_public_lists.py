@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from loraconv.errors import FormatError
 from loraconv.registry import dialects
 from loraconv.source import open_source
 from tests.public_lists import PublicList, every_step, public_lists, unfolded, write, write_headers
+from tests.support import FIXTURES
 
 LISTS = public_lists()
 WRITTEN = {d.name for d in dialects() if not d.read_only}
@@ -102,3 +106,20 @@ def test_what_is_left_behind_is_no_part_of_the_proof_of_an_approximated_adapter(
     checks = {check.name: check for check in result.proofs[0].checks}
     assert result.proofs[0].passed
     assert checks["keys left behind on purpose"].count == len(result.dropped) == 60
+
+
+@pytest.mark.slow
+def test_the_real_writers_still_make_the_lists_that_they_made(tmp_path: Path) -> None:
+    """But for the order in which they write the names of a set, and for their own versions."""
+    subprocess.run([sys.executable, FIXTURES / "make_lists.py", tmp_path], check=True, capture_output=True)
+    ran = [listed for listed in LISTS if listed.origin[0].startswith("run:")]
+    assert {listed.path.relative_to(FIXTURES) for listed in ran} == {
+        p.relative_to(tmp_path) for p in tmp_path.glob("*/*")
+    }
+    for listed in ran:
+        made = json.loads((tmp_path / listed.path.relative_to(FIXTURES)).read_text())
+        kept = json.loads(listed.path.read_text())
+        for facts in (made, kept):
+            facts["header"] = sorted(facts.get("header", {}))
+            facts["settings"] = sorted(facts.get("settings", {}).get("content", {}))
+        assert made == kept
