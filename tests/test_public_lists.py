@@ -21,7 +21,8 @@ from loraconv.source import open_source
 from tests.public_lists import PublicList, every_step, public_lists, unfolded, write, write_headers
 from tests.support import FIXTURES
 
-LISTS = public_lists()
+LISTS = [listed for listed in public_lists() if listed.dialect]
+REFUSED = [listed for listed in public_lists() if not listed.dialect]
 WRITTEN = {d.name for d in dialects() if not d.read_only}
 
 
@@ -74,6 +75,15 @@ def test_a_real_file_is_converted_with_a_proof_and_back(listed: PublicList, tmp_
         back = loraconv.convert(tmp_path / "there", out=tmp_path / "back", to=listed.dialect, family=listed.family)
         assert [proof.passed for proof in back.proofs] == [True]
         assert listed.drop or loraconv.verify(listed.within(tmp_path / "in"), tmp_path / "back").same
+
+
+@pytest.mark.parametrize("listed", REFUSED, ids=by_name)
+def test_a_real_file_that_no_dialect_reads_is_refused_and_not_read_in_part(listed: PublicList, tmp_path: Path) -> None:
+    write_headers(listed, tmp_path / "in")
+    with pytest.raises(FormatError) as caught:
+        loraconv.convert(listed.within(tmp_path / "in"), out=tmp_path / "out", to="diffusers")
+    assert caught.value.slug in ("format-unknown", "module-unknown")
+    assert not (tmp_path / "out").exists()
 
 
 def named(name: str) -> PublicList:
