@@ -100,7 +100,7 @@ def write_headers(listed: PublicList, folder: Path) -> None:
 
 
 def write(listed: PublicList, folder: Path) -> Tensors:
-    """A file of the first and last layers, an eighth as wide, with random numbers and half the rank as alpha."""
+    """A file of the first and last layers, a sixteenth as wide, with random numbers and half the rank as alpha."""
     noise = torch.Generator().manual_seed(len(listed.tensors))
     made = {key: _tensor(dtype, narrow(key, shape), noise) for key, (dtype, shape) in listed.keys(ends).items()}
     for key in (key for key in made if key.endswith(".alpha")):
@@ -117,8 +117,8 @@ def write(listed: PublicList, folder: Path) -> Tensors:
 
 
 def narrow(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Widths of layers divided by 8, not ranks; by 32 those of a LoKr, whose factors are dense."""
-    least, by = (64, 32) if key.endswith(".lokr_w2") else (512, 8)
+    """Widths of layers divided by 16, not ranks; by 32 those of a LoKr, whose factors are dense."""
+    least, by = (64, 32) if key.endswith(".lokr_w2") else (512, 16)
     return tuple(size // by if size >= least else size for size in shape)
 
 
