@@ -1,6 +1,8 @@
 """The file of ai-toolkit for models that it trains under diffusers' names (FLUX.1, SD3, Qwen-Image).
 
-Facts: ostris/ai-toolkit ``toolkit/network_mixins.py``, ``toolkit/lora_special.py``. In peft's format alpha is the rank.
+Facts: ostris/ai-toolkit ``toolkit/network_mixins.py``, ``toolkit/lora_special.py``; ``info.py`` and
+``toolkit/metadata.py`` (header ``software``: JSON with the name). In peft's format alpha is the rank. Other models have
+their original names behind ``diffusion_model.``: that is ComfyUI's format, whatever the header says.
 """
 
 from loraconv.rules import Dialect, Mark

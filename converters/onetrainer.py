@@ -1,6 +1,8 @@
 """The file of OneTrainer for transformers: kohya's, with diffusers' module names behind ``lora_transformer_``.
 
-Facts: Nerogar/OneTrainer ``modules/module/LoRAModule.py``, ``modules/modelSetup``. Its files for UNets are kohya's.
+Facts: Nerogar/OneTrainer ``modules/module/LoRAModule.py``, ``modules/modelSaver/mixin/LoRASaverMixin.py``. Its files
+for UNets are kohya's. The prefix tells such a file: its header (``ot_branch``, ``ot_revision``, ``ot_config``) need
+not.
 """
 
 from loraconv.rules import LYCORIS, Dialect

@@ -1,6 +1,7 @@
 """Files of some releases of SimpleTuner, in which diffusers' prefix and peft's stand one behind the other.
 
-Facts: bghira/SimpleTuner; comfyanonymous/ComfyUI#4347. Nothing loads such a file as it is.
+Facts: bghira/SimpleTuner; comfyanonymous/ComfyUI#4347, bghira/SimpleTuner#779 (``.lora.down``). Nothing loads such a
+file as it is.
 """
 
 from loraconv.rules import Dialect
@@ -12,6 +13,7 @@ SIMPLETUNER = Dialect(
     file="pytorch_lora_weights.safetensors",
     down="{module}.lora_A.weight",
     up="{module}.lora_B.weight",
+    also=(("{module}.lora.down.weight", "{module}.lora.up.weight"),),
     prefixes=("{component}.base_model.model.",),
     default_alpha="rank",
     default_why="the file says none, and diffusers would apply scale 1",

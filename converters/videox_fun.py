@@ -1,7 +1,8 @@
-"""The file of VideoX-Fun (CogVideoX-Fun): kohya's, with two underscores behind the prefix and diffusers' module names.
+"""The file of VideoX-Fun (CogVideoX-Fun, Wan-Fun): kohya's, with two underscores behind the prefix.
 
 Facts: aigc-apps/VideoX-Fun ``videox_fun/utils/lora_utils.py``. The root module has no name there, which is why one more
-underscore stands behind ``lora_unet``.
+underscore stands behind ``lora_unet``. Module names are those of its own classes: diffusers' names, but Wan's own for
+Wan, by which ComfyUI (``comfy/lora_convert.py``) tells such a file.
 """
 
 from loraconv.rules import Dialect
@@ -16,6 +17,7 @@ VIDEOX_FUN = Dialect(
     alpha="{module}.alpha",
     prefixes=("lora_{component}__",),
     components={"transformer": "unet"},
+    spellings=("videox-fun", ""),
     separator="_",
     default_alpha="rank",
     default_why="VideoX-Fun takes alpha = rank where there is no alpha tensor",

@@ -134,6 +134,15 @@ MODELS: dict[str, tuple[Module, ...]] = {
         one("blocks.0.ffn.0", "blocks.0.ffn.net.0.proj", 32),
         one("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
     ),
+    "z-image": (
+        three("layers.29.attention.qkv", "layers.29.attention"),
+        three("noise_refiner.1.attention.qkv", "noise_refiner.1.attention"),
+        one("context_refiner.0.attention.out", "context_refiner.0.attention.to_out.0"),
+        one("layers.0.feed_forward.w1", "layers.0.feed_forward.w1", 24),
+        one("layers.0.adaLN_modulation.0", "layers.0.adaLN_modulation.0", 32),
+        one("x_embedder", "all_x_embedder.2-1"),
+        one("final_layer.adaLN_modulation.1", "all_final_layer.2-1.adaLN_modulation.1"),
+    ),
     "sdxl": (
         *(one(f"unet.{there}.{m}", f"unet.{here}.{m}") for there, here in _SDXL_BLOCKS for m in _SDXL_MODULES),
         one("unet.input_blocks.4.0.emb_layers.1", "unet.down_blocks.1.resnets.0.time_emb_proj", 16),
@@ -155,7 +164,8 @@ MODELS: dict[str, tuple[Module, ...]] = {
 class Format:
     """How a dialect's file is written. ``alpha`` says where it stands: tensor, header, settings, or nowhere.
     ``components`` is what stands before the names of a pipeline's UNet and text encoders, if the dialect has them;
-    ``models`` are those that it is for, none for any."""
+    ``models`` are those that it is for, none for any; ``own_names`` those whose modules it names as their repository
+    does, where it has diffusers' names for others."""
 
     file: str
     prefix: str
@@ -168,6 +178,7 @@ class Format:
     settings: Mapping[str, object] = field(default_factory=dict)
     components: Mapping[str, str] = field(default_factory=dict)
     models: tuple[str, ...] = ()
+    own_names: tuple[str, ...] = ()
 
 
 PIPELINE = ("unet", "text_encoder", "text_encoder_2")
@@ -239,6 +250,7 @@ FORMATS: dict[str, Format] = {
         alpha="tensor",
         components=_KOHYA,
     ),
+    "lycoris": Format("lycoris.safetensors", "lycoris_", *_DOWN_UP, flat=True, alpha="tensor"),
     "onetrainer": Format("onetrainer_lora.safetensors", "lora_transformer_", *_DOWN_UP, flat=True, alpha="tensor"),
     "peft": Format("adapter_model.safetensors", "base_model.model.", *_AB, alpha="settings", settings=_PEFT),
     "simpletuner": Format(_FILE, "transformer.base_model.model.", *_AB, components=_DOUBLED),
@@ -251,7 +263,9 @@ FORMATS: dict[str, Format] = {
         alpha="tensor",
         models=("hunyuan-video",),
     ),
-    "videox-fun": Format("videox_fun_lora.safetensors", "lora_unet__", *_DOWN_UP, flat=True, alpha="tensor"),
+    "videox-fun": Format(
+        "videox_fun_lora.safetensors", "lora_unet__", *_DOWN_UP, flat=True, alpha="tensor", own_names=("wan",)
+    ),
 }
 READ_ONLY = {"ai-toolkit", "diffusers-old", "diffusion-pipe", "finetrainers", "genmo", "simpletuner", "tencent"}
 
@@ -259,7 +273,7 @@ READ_ONLY = {"ai-toolkit", "diffusers-old", "diffusion-pipe", "finetrainers", "g
 def written_modules(model: str, form: Format) -> list[Module]:
     """The modules as this format has them: the repository's own, or one for each of diffusers'."""
     modules = MODELS[model]
-    if form.original:
+    if form.original or model in form.own_names:
         return list(modules)
     return [one(here, here, m.rows * len(own)) for m in modules for here, own in m.parts.items()]
 

@@ -110,6 +110,7 @@ RELEASED: Mapping[str, Mapping[str, dict[str, Any]]] = {
             "out_channels": 48,
         },
     },
+    "z-image": {"Z-Image, Z-Image-Turbo": {}},
 }
 
 ALL = [(family, model) for family, models in RELEASED.items() for model in models]

@@ -93,6 +93,13 @@ def test_a_whole_model_is_read_as_diffusers_reads_it(family: str, model: str) ->
     assert_same(ours, {name: rows for name, rows in read.items() if len(rows) != INVENTED})
 
 
+def test_z_image_is_read_as_diffusers_reads_it() -> None:
+    """The projections of its attention have no bias, and diffusers would leave one of q, k and v in one."""
+    theirs, ours = both("z-image", "Z-Image, Z-Image-Turbo")
+    weights = {name: rows for name, rows in parameters(theirs).items() if not name.endswith(".qkv.bias")}
+    assert_same(ours, whole.convert_z_image_transformer_checkpoint_to_diffusers(weights))
+
+
 def test_the_unet_of_sdxl_is_read_as_diffusers_reads_it() -> None:
     theirs, ours = ({n[5:]: t for n, t in side.items() if n.startswith("unet.")} for side in both("sdxl", "SDXL 1.0"))
     checkpoint = {f"model.diffusion_model.{name}": rows for name, rows in parameters(theirs).items()}
@@ -167,6 +174,7 @@ TENCENT = ("transformer.", False)
         ("wan", "Wan2.1-T2V-1.3B", "musubi_wan", KOHYA, "blocks", ""),
         ("wan", "Wan2.1-I2V-14B", "musubi_wan", KOHYA, "blocks", ""),
         ("wan", "Wan2.1-I2V-14B", "non_diffusers_wan", COMFYUI, "", "patch_embedding"),
+        ("z-image", "Z-Image, Z-Image-Turbo", "non_diffusers_z_image", KOHYA, "", "^x_embedder|^final_layer"),
     ],
 )
 def test_an_adapter_is_read_as_diffusers_reads_it(

@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders import lora_conversion_utils as theirs
+from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors.torch import load_file, save_file
 
 import loraconv
 from loraconv.errors import FormatError
+from loraconv.naming import namings
+from loraconv.rules import fill
 from loraconv.verifier.pipeline_names import of_pipeline
 from tests.dialect_files import FORMATS, PIPELINE, component_of, deltas, write
-from tests.released_models import adaptable
+from tests.public_lists import every_step, public_lists
+from tests.released_models import adaptable, components
 from tests.support import header
 from tests.test_namespace_oracles import SPELLINGS
 
@@ -195,3 +200,24 @@ def test_the_proof_takes_no_name_for_one_of_sdxl_that_is_none() -> None:
     prefixes = {"": "unet", "te.": "text_encoder"}
     assert of_pipeline(["double_blocks.0.img_attn.qkv"], prefixes) is None
     assert of_pipeline(["middle_block.1.proj_in", "te.text_projection"], prefixes) is None
+
+
+def test_a_locon_s_modules_are_those_of_diffusers_reader_and_of_the_unet() -> None:
+    """Resnets, samplers and attention of sd-scripts' file: our name of each, that of diffusers' own conversion, and the
+    width of the real layer."""
+    listed = next(one for one in public_lists() if one.name == "kohya/sdxl-locon-sd-scripts")
+    unet = components("sdxl", "SDXL 1.0")["unet"]
+    layers = {f"unet.{name}": layer.weight.shape for name, layer in unet.named_modules() if hasattr(layer, "weight")}
+    sizes = {key: torch.empty(shape, device="meta") for key, (_, shape) in listed.keys(every_step).items() if shape}
+    alphas = {key: torch.tensor(4.0) for key, (_, shape) in listed.keys(every_step).items() if not shape}
+    mapped = theirs._maybe_map_sgm_blocks_to_diffusers({**sizes, **alphas}, unet.config)
+    read, _ = theirs._convert_non_diffusers_lora_to_diffusers(mapped)
+    read = convert_unet_state_dict_to_peft(read)
+    [naming] = namings("kohya", "sdxl")[:1]
+    for key in (key for key in sizes if key.endswith(".lora_down.weight")):
+        rule, fields = naming.find(key.removesuffix(".lora_down.weight")) or pytest.fail(key)
+        ours = fill(rule.targets[0], fields)
+        down, up = (read.pop(f"{ours}.{side}.weight").shape for side in ("lora_A", "lora_B"))
+        assert (down, up) == (sizes[key].shape, sizes[key.replace("down", "up")].shape)
+        assert (up[0], *down[1:]) == layers[ours], key
+    assert read == {}

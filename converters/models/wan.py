@@ -43,5 +43,5 @@ WAN = Family(
     model_class="WanTransformer3DModel",
     component="transformer",
     modules=ORIGINAL.heres,
-    spellings={"original": ORIGINAL},
+    spellings={"original": ORIGINAL, "videox-fun": ORIGINAL},
 )

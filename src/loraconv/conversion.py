@@ -341,8 +341,9 @@ def _prove(proving: _Proving, job: Job, opener: Callable[[Path], InputFile] = In
 
 
 def _prove_approximated(proving: _Proving, job: Job, claims: Claims) -> Proof:
-    source, alpha = proving.source, job.proof["alpha"]
-    pairs = pairs_of(proving.detected.dialect.name, list(source.ranks), source.metadata, source.config, alpha)
+    source, alpha, aside = proving.source, job.proof["alpha"], job.proof["aside"]
+    ranks = [aside.rest(tensors) for tensors in source.ranks]
+    pairs = pairs_of(proving.detected.dialect.name, ranks, source.metadata, source.config, alpha)
     proof = prove_reshaped(
         proving.folder.path / job.place,
         kind=job.plan.dialect.name,
@@ -351,6 +352,7 @@ def _prove_approximated(proving: _Proving, job: Job, claims: Claims) -> Proof:
         terms=[Term(pairs, Fraction(1))],
         claims=claims,
         scale_ignored=job.proof["every_consumer"],
+        aside=(aside, source.tensors),
     )
     return _passed(proof, proof.failures())
 

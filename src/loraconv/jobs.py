@@ -92,10 +92,12 @@ def adapter_job(
 ) -> tuple[Job, list[str]]:
     """The adapter's part; ``source`` and ``detected`` are without what is ``aside``."""
     aside = aside or Aside()
+    set_aside = SetAside(aside.dropped, tuple(aside.kept))
     specials = specials_in(source, detected)
     if specials or options.wanted is not None:
         job, notices = _special_job(source, detected, specials, dialect(to), options)
-        return replace(job, plan=with_kept(job.plan, aside.kept)), [*notices, *aside_notices(aside)]
+        job = replace(job, plan=with_kept(job.plan, aside.kept), proof={**job.proof, "aside": set_aside})
+        return job, [*notices, *aside_notices(aside)]
     alpha = options.exact_alpha
     adapter = read_adapter(source, detected, alpha=alpha, strict=options.strict, nearest=options.nearest)
     notices = _health_notices(source, adapter, options) + left_behind(source, detected) + nearest_notices(source)
@@ -110,7 +112,7 @@ def adapter_job(
         scale_in=options.scale_in,
     )
     proof = {
-        "aside": SetAside(aside.dropped, tuple(aside.kept)),
+        "aside": set_aside,
         "alpha": alpha,
         "every_consumer": not target.every_consumer_reads_alpha and folds(adapter.factors, target, options.scale_in),
         "dtype": options.dtype_name,

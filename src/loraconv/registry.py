@@ -30,6 +30,7 @@ _TABLES = {
     "loraconv.converters.finetrainers":        "FINETRAINERS",
     "loraconv.converters.genmo":               "GENMO",
     "loraconv.converters.kohya":               "KOHYA",
+    "loraconv.converters.lycoris":             "LYCORIS",
     "loraconv.converters.onetrainer":          "ONETRAINER",
     "loraconv.converters.sat_lora":            "SAT_LORA",
     "loraconv.converters.simpletuner":         "SIMPLETUNER",
@@ -47,6 +48,7 @@ _TABLES = {
     "loraconv.converters.models.sd3":           "SD3",
     "loraconv.converters.models.sdxl":          "SDXL",
     "loraconv.converters.models.wan":           "WAN",
+    "loraconv.converters.models.z_image":       "Z_IMAGE",
 }  # fmt: skip
 
 

@@ -86,31 +86,42 @@ def plan_dora(
 ) -> Plan:
     """The factors as those of any LoRA, and the magnitudes of the weights' rows beside them.
 
-    Raises :class:`FormatError` where the target has no magnitudes, or none of columns.
+    Raises :class:`FormatError` where the target has no magnitudes, or none of columns, or divides their rows otherwise.
     """
-    _refuse_columns(specials, target)
+    family = family_for([m for one in specials for m in one.targets], target, (detected.family, *detected.alike))
+    naming = naming_for(target, family)
+    _refuse_columns(specials, target, naming)
     magnitudes = {m: vector for one in specials for m, vector in row_magnitudes(one, detected).items()}
     adapter = read_plain(source, detected, specials, alpha=alpha, strict=strict)
     plan = plan_adapter(adapter, target, detected.family, alike=detected.alike, scale_in=scale_in)
-    family = family_for([f.module for f in adapter.factors], target, (detected.family, *detected.alike))
     columns = {f.module: f.down.shape[1] for f in adapter.factors}
-    outputs = _written(magnitudes, columns, naming_for(target, family), target)
+    outputs = _written(magnitudes, columns, naming, target)
     file = replace(plan.files[0], outputs=(*plan.files[0].outputs, *outputs))
     file = replace(file, metadata={**file.metadata, **proof_claim(file.outputs)})
     texts = {n: _with_dora(t, target) if n == target.sidecar else t for n, t in plan.texts.items()}
     return replace(plan, files=(file,), texts=texts)
 
 
-def _refuse_columns(specials: Sequence[Special], target: Dialect) -> None:
-    by_column = [o.module for o in specials if o.has_magnitude and o.by_column]
-    if by_column and target.dora_at:
+def _refuse_columns(specials: Sequence[Special], target: Dialect, naming: Naming) -> None:
+    """The norm of a column is one over all rows of the module, so the rows must be those of one module there too."""
+    by_column = [one for one in specials if one.has_magnitude and one.by_column]
+    divided = [one for one in by_column if len(one.targets) > 1 or _is_part(one.targets[0], naming)]
+    wrong = by_column if target.dora_at else divided
+    if wrong:
+        rows = f"{target.name} divides the rows otherwise, over which they are normalised"
+        peft = "it was trained with wd_on_out=False, and peft's DoRA normalises rows"
         raise FormatError(
             f"{target.name} cannot carry this DoRA: its magnitudes are those of the weight's columns",
-            where="; ".join(fold_names(by_column)[:4]),
-            why="it was trained with wd_on_out=False, and peft's DoRA normalises rows",
-            hint="loraconv convert ADAPTER -o OUT --to comfyui",
+            where="; ".join(fold_names([one.module for one in wrong])[:4]),
+            why=peft if target.dora_at else rows,
+            hint="put it into the base: loraconv fuse ADAPTER --base MODEL -o OUT",
             slug="cannot-carry",
         )
+
+
+def _is_part(module: str, naming: Naming) -> bool:
+    found = naming.write(module)
+    return found is not None and len(found[1].targets) > 1
 
 
 def _written(
@@ -124,7 +135,7 @@ def _written(
     made = []
     for name, (rule, parts) in grouped.items():
         vector = _fused(name, rule, {n: magnitudes[m] for n, m in parts.items()}, columns[next(iter(parts.values()))])
-        shape = vector.shape if target.dora_at else (*vector.shape, 1)
+        shape = vector.shape if target.dora_at or len(vector.shape) > 1 else (*vector.shape, 1)
         tensor = vector if shape == vector.shape else Viewed(vector, shape)
         made.append(Output(_spelled(target, name, "magnitude"), tensor, "copied"))
     return made

@@ -53,8 +53,15 @@ def comfyui_pairs(
 def videox_fun_pairs(
     ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
 ) -> dict[str, Pair]:
-    """VideoX-Fun: kohya's rule; the names are those of diffusers' modules."""
-    return _pairs(ranks[0], ("lora_unet__",), alpha, None, original=False)
+    """VideoX-Fun: kohya's rule; its own classes have diffusers' module names, but for Wan, where they are Wan's."""
+    return _pairs(ranks[0], ("lora_unet__",), alpha, None, original=True)
+
+
+def lycoris_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """LyCORIS' wrapper: kohya's rule; the names are those of diffusers' modules."""
+    return _pairs(ranks[0], ("lycoris_",), alpha, None, original=False, components={"lycoris_": "unet"})
 
 
 def onetrainer_pairs(
@@ -83,9 +90,10 @@ def diffusion_pipe_pairs(
 def simpletuner_pairs(
     ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
 ) -> dict[str, Pair]:
-    """SimpleTuner: scale 1; both prefixes."""
+    """SimpleTuner: scale 1; both prefixes; ``.lora.down`` in some releases."""
+    named = {re.sub(r"\.lora\.(down|up)\.weight$", r".lora_\1.weight", name): ref for name, ref in ranks[0].items()}
     parts = {f"{component}.base_model.model.": component for component in _COMPONENTS}
-    return _pairs(ranks[0], ("transformer.base_model.model.",), alpha, None, original=False, components=parts)
+    return _pairs(named, ("transformer.base_model.model.",), alpha, None, original=False, components=parts)
 
 
 def diffusers_old_pairs(

@@ -22,6 +22,7 @@ _ADAPTER_FILES = {
     "comfyui": "comfyui_lora.safetensors",
     "diffsynth": "diffsynth_lora.safetensors",
     "kohya": "kohya_lora.safetensors",
+    "lycoris": "lycoris.safetensors",
     "onetrainer": "onetrainer_lora.safetensors",
     "videox-fun": "videox_fun_lora.safetensors",
     "diffusers": "pytorch_lora_weights.safetensors",

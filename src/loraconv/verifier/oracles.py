@@ -271,6 +271,7 @@ ORACLES: dict[str, Oracle] = {
     "finetrainers": diffusers_pairs,
     "genmo": file_oracles.genmo_pairs,
     "kohya": file_oracles.kohya_pairs,
+    "lycoris": file_oracles.lycoris_pairs,
     "onetrainer": file_oracles.onetrainer_pairs,
     "peft": peft_pairs,
     "sat": sat_pairs,

@@ -189,18 +189,32 @@ _XLABS: _Rules = {
     r"single_blocks_(\d+)_processor_proj_lora": r"single_transformer_blocks.\1.proj_out",
 }
 
-_MODELS: tuple[_Rules, ...] = (_FLUX, _XLABS, _HUNYUAN_VIDEO, _WAN, _LTX, _MOCHI, _SD3)
+_Z_BLOCK = r"(layers|noise_refiner|context_refiner)_(\d+)"
+_Z_IMAGE: _Rules = {
+    rf"{_Z_BLOCK}_attention_qkv": [rf"\1.\2.attention.{m}" for m in _QKV],
+    rf"{_Z_BLOCK}_attention_out": r"\1.\2.attention.to_out.0",
+    rf"{_Z_BLOCK}_feed_forward_w([123])": r"\1.\2.feed_forward.w\3",
+    rf"{_Z_BLOCK}_adaLN_modulation_0": r"\1.\2.adaLN_modulation.0",
+    r"t_embedder_mlp_([02])": r"t_embedder.mlp.\1",
+    "cap_embedder_1": "cap_embedder.1",
+    "x_embedder": "all_x_embedder.2-1",
+    "final_layer_linear": "all_final_layer.2-1.linear",
+    "final_layer_adaLN_modulation_1": "all_final_layer.2-1.adaLN_modulation.1",
+}
+
+_MODELS: tuple[_Rules, ...] = (_FLUX, _XLABS, _HUNYUAN_VIDEO, _WAN, _LTX, _MOCHI, _SD3, _Z_IMAGE)
 
 #: The words of diffusers' module names that have underscores in them; whatever stands between is one step.
 # fmt: off
 _WORDS = (
-    "add_embedding", "add_k_proj", "add_q_proj", "add_v_proj", "caption_proj", "caption_projection",
-    "condition_embedder", "context_embedder", "conv_in", "conv_out", "conv_shortcut", "down_blocks", "ff_context",
-    "guidance_embedder", "image_embedder", "img_in", "img_mlp", "img_mod", "k_proj", "linear_1", "linear_2",
-    "mid_block", "norm1_context", "norm_k", "norm_out", "norm_q", "ofs_embedding", "out_proj", "patch_embed",
+    "adaLN_modulation", "add_embedding", "add_k_proj", "add_q_proj", "add_v_proj", "all_final_layer", "all_x_embedder",
+    "cap_embedder", "caption_proj", "caption_projection", "condition_embedder", "context_embedder", "context_refiner",
+    "conv_in", "conv_out", "conv_shortcut", "down_blocks", "feed_forward", "ff_context", "guidance_embedder",
+    "image_embedder", "img_in", "img_mlp", "img_mod", "k_proj", "linear_1", "linear_2", "mid_block", "noise_refiner",
+    "norm1_context", "norm_k", "norm_out", "norm_q", "ofs_embedding", "out_proj", "patch_embed",
     "patch_embedding", "pos_embed", "position_embedding", "proj_in", "proj_mlp", "proj_out", "q_proj",
-    "refiner_blocks", "self_attn", "single_transformer_blocks", "text_embedder", "text_model", "text_proj",
-    "text_projection", "time_emb_proj", "time_embed", "time_embedder", "time_embedding", "time_proj",
+    "refiner_blocks", "self_attn", "single_transformer_blocks", "t_embedder", "text_embedder", "text_model",
+    "text_proj", "text_projection", "time_emb_proj", "time_embed", "time_embedder", "time_embedding", "time_proj",
     "time_text_embed", "timestep_embedder", "to_add_out", "to_k", "to_kv", "to_out", "to_q", "to_v",
     "token_embedding", "token_refiner", "transformer_blocks", "txt_in", "txt_mlp", "txt_mod", "up_blocks", "v_proj",
     "x_embedder",

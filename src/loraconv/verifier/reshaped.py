@@ -12,10 +12,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
+from loraconv.lazy import TensorRef
 from loraconv.names import fold_names
 from loraconv.verifier.adapter import unread_scale
+from loraconv.verifier.aside import SetAside, check_aside
 from loraconv.verifier.check import as_failure, read_adapter_files
 from loraconv.verifier.controls import adapter_controls
 from loraconv.verifier.delta import Grams, sides
@@ -68,15 +71,18 @@ def prove_reshaped(
     terms: Sequence[Term],
     claims: Claims,
     scale_ignored: bool,
+    aside: tuple[SetAside, Mapping[str, TensorRef]] = (SetAside(), MappingProxyType({})),
 ) -> Proof:
     """Compare the adapter of format ``kind`` that was written into ``folder`` with the sum of its sources.
 
-    ``scale_ignored`` says that some consumer reads the file at scale 1, so that the stored scales must be 1. Raises
+    ``scale_ignored`` says that some consumer reads the file at scale 1, so that the stored scales must be 1. ``aside``
+    are the keys that are no part of the adapter by the user's wish, and the tensors of the source that has them. Raises
     :class:`ProofFailed` where the output cannot be read or compared at all.
     """
     with as_failure(folder), ExitStack() as stack:
-        stored = read_adapter_files(folder, kind, files, settings_file, stack).pairs
-        return _prove(terms, stored, claims, scale_ignored)
+        written = read_adapter_files(folder, kind, files, settings_file, stack, aside[0].kept)
+        proof = _prove(terms, written.pairs, claims, scale_ignored)
+        return replace(proof, checks=(*proof.checks, *check_aside(*aside, written.kept)))
 
 
 def _prove(terms: Sequence[Term], stored: Pairs, claims: Claims, scale_ignored: bool) -> Proof:

@@ -23,7 +23,7 @@ Tensors = Mapping[str, TensorRef]
 
 _IN_MEMORY = re.compile(r"(.+\.lora_[AB])\.([^.]+)(\.weight)")
 _MAGNITUDE = re.compile(r"(.+?)\.(?:lora_magnitude_vector(?:\.[^.]+){0,2}|dora_scale)")
-_ORIGINAL = ("lora_unet_", "lora_transformer_", "diffusion_model.")
+_ORIGINAL = ("lora_unet_", "lora_transformer_", "lycoris_", "diffusion_model.")
 _PREFIXES = ("base_model.model.", "transformer.", *_ORIGINAL)
 
 
@@ -68,7 +68,8 @@ def magnitudes_of(spelled: Tensors) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
     for ref, parts in zip(spelled.values(), shares, strict=True):
         if (len(parts) == 1 and parts[0].of == 1) or ref.shape[0] == 1:
-            made |= {share.module: ref for share in parts}
+            # Columns have one norm over the rows of all parts, which is that of no part.
+            made[" and ".join(share.module for share in parts)] = ref
             continue
         for share in parts:
             height = ref.shape[0] // share.of
