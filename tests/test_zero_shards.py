@@ -105,6 +105,29 @@ def test_any_number_of_ranks_gives_the_same_tensors(stage: int, ranks: int, tmp_
         assert equal(read(path), {**trained(), **frozen()})
 
 
+def test_what_deepspeed_0_19_puts_behind_a_parameter_is_not_part_of_the_next(tmp_path: Path) -> None:
+    behind = [n % 3 for n in range(len(trained()))]
+
+    def padded(root: Root, kind: str, rank: int) -> None:
+        if kind == "optim":
+            numbers = [pad(t.flatten(), (0, n), value=9) for t, n in zip(trained().values(), behind, strict=True)]
+            groups(root)[0] = torch.cat(numbers).tensor_split(2)[rank].clone()
+            state(root)["param_alignment_paddings"] = [behind]
+
+    assert equal(read(write(tmp_path, 2, change=padded)), {**trained(), **frozen()})
+
+
+def test_more_is_left_over_than_fills_up_the_ranks(tmp_path: Path) -> None:
+    """168 numbers and 5 ranks: 170 are 17 times 10, and 180 are not what DeepSpeed makes of them."""
+
+    def longer(root: Root, kind: str, rank: int) -> None:
+        if (kind, rank) == ("optim", 4):
+            groups(root)[0] = pad(groups(root)[0], (0, 10))
+
+    error = refused(write(tmp_path, 2, ranks=5, change=longer), "zero-parts")
+    assert "17 blocks of 10 numbers, and there are 18" in error.why
+
+
 def test_a_number_that_was_changed_on_the_disk_is_found_by_its_checksum(tmp_path: Path) -> None:
     shutil.copytree(FIXTURES / "stage3-3ranks", tmp_path / "run")
     with open_source(tmp_path / "run") as source:

@@ -1,6 +1,6 @@
 """The tensors of a DeepSpeed checkpoint out of the parts that ZeRO left of them, without reading a number.
 
-Facts: microsoft/DeepSpeed ``utils/zero_to_fp32.py``, whose results these are bit for bit, ``runtime/zero/stage3.py`` and
+Facts: microsoft/DeepSpeed ``utils/zero_to_fp32.py``, whose results these are bit for bit, ``runtime/zero/stage3.py``,
 ``stage_1_and_2.py``, ``runtime/bf16_optimizer.py``. ZeRO 1 and 2 lay the fp32 copies of a parameter group end to end,
 with padding behind a parameter or behind all, and cut that into one piece a rank. ZeRO 3 cuts every parameter into as
 many pieces of one length as there are ranks, the last one padded; a rank's pieces lie end to end in its groups.
