@@ -149,11 +149,63 @@ def test_shards_have_an_index_by_the_new_names(tmp_path: Path, made: Made, tower
     assert torch.equal(asked(model), asked(assembled(made, tower)))
 
 
-def test_verify_says_where_such_a_model_is_proved(tmp_path: Path, made: Made, tower: Path, cli: Cli) -> None:
+def _is_fused(made: Made, tower: Path, out: Path) -> bool:
+    return loraconv.verify(made.run, out, base=made.base, vision_tower=tower).same
+
+
+def test_verify_compares_such_a_model_with_base_run_and_tower(tmp_path: Path, made: Made, tower: Path) -> None:
+    out = tmp_path / "out"
+    fused(made, tower, out)
+    assert _is_fused(made, tower, out)
+    state = load_file(out / "model.safetensors")
+    for name in (
+        "language_model.model.layers.0.mlp.up_proj.weight",
+        "language_model.model.embed_tokens.weight",  # its last row is the image token's
+        "multi_modal_projector.linear_2.bias",
+        "vision_tower.vision_model.encoder.layers.1.mlp.fc1.bias",
+    ):
+        other = state | {name: torch.cat([state[name][:-1], state[name][-1:] + 1])}
+        save_file(other, out / "model.safetensors", {"format": "pt"})
+        assert not _is_fused(made, tower, out), name
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    assert _is_fused(made, tower, out)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"image_token_index": 1},
+        {"vision_feature_layer": -1},
+        {"vision_feature_select_strategy": "full"},
+        {"text_config": {"rms_norm_eps": 1e-2}},
+        {"text_config": {"vocab_size": VOCABULARY}},
+        {"vision_config": {"patch_size": 7}},
+    ],
+    ids=str,
+)
+def test_verify_looks_at_the_settings_too(tmp_path: Path, made: Made, tower: Path, changed: dict[str, Any]) -> None:
+    out = tmp_path / "out"
+    fused(made, tower, out)
+    file = out / "config.json"
+    config = json.loads(file.read_text())
+    for key, value in changed.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    file.write_text(json.dumps(config))
+    result = loraconv.verify(made.run, out, base=made.base, vision_tower=tower)
+    assert not result.same
+    assert [finding.slug for finding in result.findings] == ["config"]
+
+
+def test_verify_asks_for_the_tower_that_is_in_neither_base_nor_run(
+    tmp_path: Path, made: Made, tower: Path, cli: Cli
+) -> None:
     fused(made, tower, tmp_path / "out")
     done = cli("verify", made.run, tmp_path / "out", "--base", made.base)
     assert_clear_error(done)
-    assert "only when fuse writes it" in done.err
+    assert "--vision-tower" in done.err
+    assert cli("verify", made.run, tmp_path / "out", "--base", made.base, "--vision-tower", tower).code == 0
+    assert cli("verify", made.run, made.base, "--base", made.base, "--vision-tower", tower).code == 2
+    assert cli("verify", made.run, tmp_path / "out", "--vision-tower", tower).code == 2
 
 
 def test_a_tower_that_the_run_trained_is_taken_instead_of_the_given_one(tmp_path: Path, tower: Path) -> None:
@@ -161,6 +213,7 @@ def test_a_tower_that_the_run_trained_is_taken_instead_of_the_given_one(tmp_path
     trained = {begin + name: tensor * 2 for name, tensor in load_file(tower / "model.safetensors").items()}
     half = make(tmp_path, torch.float32, projector() | trained)
     state = fused(half, tower, tmp_path / "out").state_dict()
+    assert loraconv.verify(half.run, tmp_path / "out", base=half.base).same
     for name, tensor in trained.items():
         assert raw(state["model.vision_tower." + name.removeprefix(begin)]) == raw(tensor)
 
