@@ -167,6 +167,11 @@ def test_verify_compares_such_a_model_with_base_run_and_tower(tmp_path: Path, ma
         other = state | {name: torch.cat([state[name][:-1], state[name][-1:] + 1])}
         save_file(other, out / "model.safetensors", {"format": "pt"})
         assert not _is_fused(made, tower, out), name
+    heads = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+    for rows in (VOCABULARY, VOCABULARY + 2):
+        other = state | {n: torch.cat([state[n], torch.zeros(1, HIDDEN)])[:rows].clone() for n in heads}
+        save_file(other, out / "model.safetensors", {"format": "pt"})
+        assert not _is_fused(made, tower, out), f"{rows} rows"
     save_file(state, out / "model.safetensors", {"format": "pt"})
     assert _is_fused(made, tower, out)
 

@@ -210,6 +210,7 @@ MODELS: dict[str, tuple[int, str, str, Any]] = {
     "another step": (3, "rank-mixed", "global_steps", lambda r: r.update(global_steps=8)),
     "other shapes": (3, "rank-mixed", "shapes", lambda r: r["param_shapes"][0].popitem()),
     "a frozen part too short": (3, "zero-parts", "", lambda r: shorten(r["frozen_param_fragments"])),
+    "no frozen parts": (3, "zero-parts", "", lambda r: r.update(frozen_param_fragments=None)),
     "no frozen part": (3, "zero-parts", "", lambda r: r["frozen_param_fragments"].popitem()),
 }
 

@@ -187,8 +187,8 @@ def _of_zero_3(
 def _frozen(models: Sequence[Root]) -> Iterator[tuple[str, TensorRef]]:
     """The parameters that were not trained; none where the run saved none."""
     shapes, fragments = models[0].get("frozen_param_shapes"), [model.get("frozen_param_fragments") for model in models]
-    for name, shape in shapes.items() if isinstance(shapes, dict) and all(fragments) else ():
-        parts = [bare(fragment[name]) for fragment in fragments if isinstance(fragment, dict)]
+    for name, shape in shapes.items() if isinstance(shapes, dict) and any(fragments) else ():
+        parts = [bare(fragment[name]) if isinstance(fragment, dict) else None for fragment in fragments]
         if not _is_shape(shape) or not all(part is not None and len(part.shape) == 1 for part in parts):
             raise ValueError(f"{name} is frozen, and its parts are no flat tensors")
         yield str(name), _cut_up(str(name), shape, [part for part in parts if part is not None])
