@@ -279,6 +279,9 @@ def test_fp32_copies_of_other_weights_than_those_beside_them_are_refused(tmp_pat
         loraconv.convert(step, out=tmp_path / "out", to="peft", alpha=3)
     assert caught.value.slug == "rank-mixed"
     assert f"{MODULES[1]}.lora_B" in caught.value.where
+    with pytest.raises(CorruptCheckpoint) as caught:
+        loraconv.resize(step, out=tmp_path / "out", rank=2, alpha=3)
+    assert caught.value.slug == "rank-mixed"
     assert not (tmp_path / "out").exists()
 
 
@@ -345,6 +348,8 @@ def test_what_became_of_the_frozen_base_is_still_told(tmp_path: Path) -> None:
             root["module"][f"{MODULES[0]}.base_layer.weight"][0, 0] = 2
 
     before, after = write(tmp_path / "a", 2), write(tmp_path / "b", 2, change=other)
+    (group,) = [one for one in loraconv.inspect(before).contents if one.what == "frozen base, left out"]
+    assert (group.tensors, group.bytes) == (len(frozen()), sum(t.nbytes for t in frozen().values()))
     for place in ("", "mp_rank_00_model_states.pt"):
         assert loraconv.verify(before=before / place, after=before / place).same
         assert not loraconv.verify(before=before / place, after=after / place, expect="only-lora").same

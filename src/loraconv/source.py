@@ -242,9 +242,7 @@ def _leave_frozen(source: Source) -> None:
         if all(match(template, name) is None for template in spelled):
             source.frozen[name] = source.tensors.pop(name)
     if source.frozen:
-        count, size = len(source.frozen), sum(map(nbytes, source.frozen.values()))
-        source.extras.append(Extra("frozen parameters of the base", "tensors", count, size))
-        source.notices.append(f"{count} tensors are the base's own, were not trained, and are left out")
+        source.notices.append(f"{len(source.frozen)} tensors are the base's own, were not trained, and are left out")
 
 
 def _root(file: InputFile) -> dict[Any, Any]:
