@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,13 @@ def projector(dtype: torch.dtype = torch.float32, hidden: int = HIDDEN, wide: in
 
 @dataclass(frozen=True)
 class Made:
-    """A base and a run of it on disk, and what peft's own merge makes of both: in the dtype of the base, and in
-    float64 from the same factors (names of the base)."""
+    """A base and a run of it on disk, and what peft's own merge makes of both: ``merged`` in the dtype of the base,
+    ``summed`` in float64; ``exact`` is the sum by its definition in float64 (names of the base)."""
 
     base: Path
     run: Path
     merged: Tensors
+    summed: Tensors
     exact: Tensors
     beside: Tensors
 
@@ -87,12 +89,13 @@ def make(
             value.data = (torch.randn(value.shape, generator=noise) * 0.05).to(value.dtype)
     tuned.save_pretrained(folder)
     exact = _exact(state, load_file(folder / "adapter_model.safetensors"))
+    summed = deepcopy(tuned).double().merge_and_unload().state_dict()
     merged = {name: tensor.clone() for name, tensor in tuned.merge_and_unload().state_dict().items()}
     whole = dict(projector(dtype) if beside is None else beside)
     torch.save({WRAPPER + name: tensor for name, tensor in whole.items()}, folder / "non_lora_trainables.bin")
     settings = json.loads((base / "config.json").read_text()) | LLAVA | dict(config or {})
     (folder / "config.json").write_text(json.dumps(settings))
-    return Made(base, folder, merged, exact, whole)
+    return Made(base, folder, merged, summed, exact, whole)
 
 
 def _exact(state: Tensors, factors: Tensors) -> Tensors:

@@ -64,13 +64,12 @@ def test_the_output_loads_in_transformers_and_computes_what_pefts_merge_computes
     assert not info["missing_keys"]
     assert set(info["unexpected_keys"]) == set(made.beside)  # LLaMA's class has no projector
     oracle = LlamaForCausalLM.from_pretrained(made.base)
-    oracle.load_state_dict(made.merged)
+    oracle.load_state_dict({name: tensor.float() for name, tensor in made.summed.items()})
     tokens = torch.arange(10)[None]
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, oracle(tokens).logits, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(
-        oracle(tokens).logits, LlamaForCausalLM.from_pretrained(made.base)(tokens).logits, atol=1e-3
-    )
+        assert torch.equal(model(tokens).logits, oracle(tokens).logits)  # the same weights, bit for bit
+        before = LlamaForCausalLM.from_pretrained(made.base)(tokens).logits
+    assert not torch.allclose(oracle(tokens).logits, before, atol=1e-3)
 
 
 @pytest.mark.parametrize("torch_files", [False, True])
@@ -88,6 +87,21 @@ def test_the_base_may_be_sharded_and_may_be_torch_files(tmp_path: Path, shards: 
     _, info = LlamaForCausalLM.from_pretrained(out, output_loading_info=True)  # index and headers fit
     assert not info["missing_keys"]
     assert not list(out.glob("*.bin"))
+
+
+@pytest.mark.parametrize("settings", [False, True])
+def test_the_base_may_be_one_torch_file_by_its_name(tmp_path: Path, settings: bool) -> None:
+    made = make(tmp_path)
+    base = pickled(made.base) / "pytorch_model.bin"
+    if not settings:
+        shutil.move(base, tmp_path / "pytorch_model.bin")
+        base = tmp_path / "pytorch_model.bin"
+    before = base.read_bytes()
+    loraconv.fuse(made.run, base=base, out=tmp_path / "out")
+    check(written(tmp_path / "out"), made, torch.float16)
+    assert base.read_bytes() == before
+    LlamaForCausalLM.from_pretrained(tmp_path / "out")  # the run has settings
+    assert loraconv.verify(made.run, tmp_path / "out", base=base).same
 
 
 def test_new_shards_are_named_as_transformers_names_them(tmp_path: Path) -> None:

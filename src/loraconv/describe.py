@@ -12,6 +12,7 @@ from loraconv.algebra import Special, read_specials
 from loraconv.base import bare_tensors
 from loraconv.detect import Detected, detect, group_bytes
 from loraconv.errors import FormatError
+from loraconv.lazy import nbytes
 from loraconv.model_config import check_positions, infer_config, release_of
 from loraconv.names import fold_names, printable, quoted, ranges
 from loraconv.scale import given_alpha
@@ -178,6 +179,9 @@ def _contents(source: Source, detected: Detected) -> list[Group]:
     groups = [
         Group(what, len(names), _bytes(source, names), tuple(fold_names(names))) for what, names in named if names
     ]
+    if source.frozen:
+        size = sum(map(nbytes, source.frozen.values()))
+        groups.append(Group("frozen base, left out", len(source.frozen), size, tuple(fold_names(source.frozen))))
     state = [e for e in source.extras if e.tensors]
     other = [e for e in source.extras if not e.tensors]
     if state:

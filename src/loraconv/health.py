@@ -13,8 +13,8 @@ from loraconv.adapter import Adapter
 from loraconv.errors import CorruptCheckpoint
 from loraconv.io.crc import combine, crc32
 from loraconv.io.input_file import InputFile
-from loraconv.lazy import PIECE_BYTES, Lazy, TensorRef, nbytes, spans
-from loraconv.names import fold_names, printable
+from loraconv.lazy import PIECE_BYTES, Lazy, Scaled, TensorRef, nbytes, same_bytes, spans
+from loraconv.names import fold_names, printable, quoted
 from loraconv.watch import INFINITY, Watch, all_finite
 
 
@@ -38,6 +38,24 @@ def check_adapter(adapter: Adapter) -> Health:
 def check_tensors(tensors: Iterable[TensorRef]) -> Health:
     """The same for the tensors of modules that are more than pairs of factors."""
     return Health(nonfinite=_nonfinite({ref.name: ref for ref in tensors}))
+
+
+def check_copies(whole: Mapping[str, TensorRef], copies: Mapping[str, TensorRef]) -> None:
+    """Raise :class:`CorruptCheckpoint` unless every copy (fp32), rounded, is the tensor that the model ran with: a
+    trainer rounds them so at every step, so those that differ are of another step or run."""
+    off = [name for name, ref in whole.items() if name in copies and not _rounds_to(copies[name], ref)]
+    if off:
+        raise CorruptCheckpoint(
+            f"{len(off)} of {len(whole)} fp32 copies are not those of the weights beside them",
+            where="; ".join(fold_names(off)[:4]),
+            why="rounded to the dtype of the training they are other numbers, so the files are of two steps or runs",
+            hint=f"copy all files of one step again, or take the weights alone: {quoted(whole[off[0]].file.path)}",
+            slug="rank-mixed",
+        )
+
+
+def _rounds_to(copy: TensorRef, ref: TensorRef) -> bool:
+    return same_bytes(Scaled(copy, 1.0, ref.dtype), ref) or not is_finite(ref)
 
 
 def _nonfinite(tensors: Mapping[str, Lazy]) -> list[str]:

@@ -16,7 +16,7 @@ from loraconv.base import bare_tensors, read_base
 from loraconv.detect import Detected
 from loraconv.errors import FormatError, UsageError
 from loraconv.fold import refuse_ruin
-from loraconv.health import check_adapter, check_base, check_tensors, nonfinite_error
+from loraconv.health import check_adapter, check_base, check_copies, check_tensors, nonfinite_error
 from loraconv.model_config import check_positions, infer_config
 from loraconv.names import DTYPE_WORDS, fold_names, printable, quoted
 from loraconv.notices import left_behind, nearest_notices
@@ -93,6 +93,7 @@ def adapter_job(
     """The adapter's part; ``source`` and ``detected`` are without what is ``aside``."""
     aside = aside or Aside()
     set_aside = SetAside(aside.dropped, tuple(aside.kept))
+    check_copies(source.whole, source.tensors)
     specials = specials_in(source, detected)
     if specials or options.wanted is not None:
         job, notices = _special_job(source, detected, specials, dialect(to), options)

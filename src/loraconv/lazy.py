@@ -41,7 +41,7 @@ def nbytes(tensor: Lazy) -> int:
 def spans(tensor: Lazy) -> list[TensorRef] | None:
     """The byte ranges that make up the tensor one after another; None where it has to be computed."""
     if isinstance(tensor, TensorRef):
-        return [tensor] if tensor.strides is None else None
+        return list(tensor.leaves()) if tensor.strides is None else None
     if isinstance(tensor, Viewed):
         return spans(tensor.source)
     if not isinstance(tensor, Joined) or tensor.dim:

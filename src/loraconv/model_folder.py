@@ -22,7 +22,7 @@ from loraconv.io.safetensors_read import read_safetensors
 from loraconv.io.shard_index import read_index
 from loraconv.io.sidecar import read_json
 from loraconv.io.torch_read import read_tensors
-from loraconv.layouts import Layout, is_one_of_several, layout_of
+from loraconv.layouts import PICKLED, Layout, is_one_of_several, layout_of
 from loraconv.lazy import TensorRef
 from loraconv.names import fold_names, printable, quoted
 from loraconv.quantised import refuse_quantised
@@ -74,7 +74,7 @@ def open_model(path: str | Path) -> Iterator[Model]:
     """Open a base model; its files are closed at the end of the block.
 
     ``path`` is a diffusers transformer folder, a pipeline's folder (its ``transformer/`` is meant), a folder of
-    transformers (safetensors, or ``pytorch_model*.bin``), one safetensors file, or the id of a Hub repository in the
+    transformers (safetensors, or ``pytorch_model*.bin``), one file of these, or the id of a Hub repository in the
     local cache (the network is never asked).
 
     Raises :class:`UsageError` (not there, unreadable, several models), :class:`FormatError` (no weights, quantised),
@@ -84,7 +84,8 @@ def open_model(path: str | Path) -> Iterator[Model]:
     place, single = _place(path)
     with ExitStack() as stack:
         if single:
-            yield _open(Path(path), place.parent, None, {place.name: place}, None, layout_of(()), stack)
+            layout = PICKLED if PICKLED.holds(place.name) else layout_of(())
+            yield _open(Path(path), place.parent, None, {place.name: place}, None, layout, stack)
             return
         pipeline = place if (place / PIPELINE).is_file() else None
         folder = place / COMPONENT if pipeline or _is_part_of_pipeline(place) else place

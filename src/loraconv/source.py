@@ -6,7 +6,7 @@ Opening reads structure only. Nothing here decides what the names mean; see ``de
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,12 +15,14 @@ from typing import Any
 from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError, UsageError
 from loraconv.io import safetensors_read, sidecar, torch_read
 from loraconv.io.input_file import InputFile
-from loraconv.io.run_folder import RunFiles, check_ranks, find_run
+from loraconv.io.run_folder import RunFiles, check_ranks, find_run, find_sidecar
 from loraconv.io.torch_pickle import Opaque
-from loraconv.io.zero_shards import beside, refuse_parts_of, refuse_shard_folder
+from loraconv.io.zero_parts import merged
+from loraconv.io.zero_shards import ZeroStep, beside, find_step, refuse_parts_of
 from loraconv.lazy import TensorRef, nbytes
 from loraconv.names import fold_names, numel, printable, quoted
 from loraconv.registry import dialects
+from loraconv.rules import match
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
@@ -40,7 +42,9 @@ class Source:
     """An opened checkpoint. ``ranks`` maps names to tensors, one map a model-parallel rank (usually one).
 
     ``incomplete`` names tensors of which the checkpoint holds only a part. ``trained`` is the set of names that the
-    trainer says it trained, or None where the container does not tell. ``config`` is the parsed sidecar.
+    trainer says it trained, or None where the container does not tell; ``frozen`` are tensors of the base beside an
+    adapter, which are in no rank, and ``whole`` trained tensors as the model ran with them, of which the rank has more
+    exact copies. ``config`` is the parsed sidecar.
     """
 
     path: Path
@@ -52,6 +56,8 @@ class Source:
     config_path: Path | None = None
     extras: list[Extra] = field(default_factory=list)
     trained: frozenset[str] | None = None
+    frozen: dict[str, TensorRef] = field(default_factory=dict)
+    whole: dict[str, TensorRef] = field(default_factory=dict)
     incomplete: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
@@ -116,10 +122,15 @@ def _open_folder(path: Path, stack: ExitStack) -> Source:
             slug="source-ambiguous",
         )
     if not found:
-        refuse_shard_folder(path)
-        raise _nothing_in(path)
+        step = find_step(path)
+        if step is None:
+            raise _nothing_in(path)
+        return _open_step(path, step, stack)
     ((file, run),) = found.items()
-    return _open_file(file, stack) if run is None else _open_run(path, run, stack)
+    if run is None:
+        return _open_file(file, stack)
+    step = find_step(file.parent)
+    return _open_run(path, run, stack) if step is None else _open_step(path, step, stack, run.notices)
 
 
 def _weights(folder: Path, name: str) -> Path | None:
@@ -170,20 +181,75 @@ def _add_sidecar(source: Source, file: Path) -> None:
 
 def _open_run(path: Path, run: RunFiles, stack: ExitStack) -> Source:
     files = [stack.enter_context(InputFile(p)) for p in run.files]
-    roots = [torch_read.read_torch(file) for file in files]
+    roots = [_root(file) for file in files]
     container = "torch file" if len(files) == 1 and path == run.files[0] else "run folder"
     notices = [*run.notices, *filter(None, [beside(run.files[0].parent)])]
     source = Source(path, container, [], files, notices=notices)
     for file, root in zip(files, roots, strict=True):
-        if not isinstance(root, dict):
-            raise _not_a_state_dict(file, type(root).__name__)
         _add_rank(source, file, root, run)
     _check_world(source, roots, run)
     if run.sidecar is not None:
         source.config, source.config_path = sidecar.read_yaml(run.sidecar), run.sidecar
     else:
         _add_sidecar(source, run.files[0])
+    _leave_frozen(source)
     return source
+
+
+def _open_step(path: Path, step: ZeroStep, stack: ExitStack, notices: Iterable[str] = ()) -> Source:
+    """A step of DeepSpeed whose trained tensors are put together out of the ranks' fp32 copies."""
+    files = [stack.enter_context(InputFile(p)) for p in (*step.models, *step.optimizers)]
+    roots = [_root(file) for file in files]
+    models, optimizers = roots[: len(step.models)], roots[len(step.models) :]
+    made = merged(step, models, optimizers)
+    container = f"DeepSpeed ZeRO {made.stage} checkpoint"
+    source = Source(path, container, [made.tensors], files, trained=made.trained, whole=made.whole)
+    source.extras = [_extra(str(key), value) for key, value in models[0].items() if key not in _READ]
+    state = [{k: v for k, v in root["optimizer_state_dict"].items() if "fp32" not in k} for root in optimizers]
+    source.extras.append(_extra("optimizer_state_dict", state))
+    other = f"; those in the training dtype: pass {quoted(step.models[0])}" if step.whole else ""
+    ranks = f"{len(optimizers)} rank{'s' if len(optimizers) > 1 else ''}"
+    told = f"the trained tensors are the optimizer's fp32 copies, put together from {ranks} of ZeRO {made.stage}{other}"
+    source.notices = [*notices, *step.notices, told]
+    _add_settings(source, step.folder)
+    _leave_frozen(source)
+    return source
+
+
+#: What the tensors of a step are made of.
+_READ = ("module", "frozen_param_fragments", "frozen_param_shapes")
+
+
+def _add_settings(source: Source, folder: Path) -> None:
+    """The settings of the run, beside its steps: those of a trainer with a layout, or of an adapter."""
+    for dialect in dialects():
+        if dialect.layout is not None and source.config is None:
+            found = find_sidecar(folder, dialect.layout)
+            if found is not None:
+                source.config, source.config_path = sidecar.read_yaml(found), found
+        if dialect.sidecar and source.config is None:
+            _add_sidecar(source, folder.parent / dialect.file)
+
+
+def _leave_frozen(source: Source) -> None:
+    """Set aside the base model that an adapter was trained on, unless the trainer is one whose checkpoints are read for
+    their base, too. A frozen factor stays."""
+    own = tuple(prefix for d in dialects() if d.layout is not None for prefix in d.prefixes)
+    if len(source.ranks) > 1 or not source.trained or any(name.startswith(own) for name in source.tensors):
+        return
+    spelled = [template for d in dialects() for template in (d.down, d.up) if template]
+    for name in [name for name in source.tensors if name not in source.trained]:
+        if all(match(template, name) is None for template in spelled):
+            source.frozen[name] = source.tensors.pop(name)
+    if source.frozen:
+        source.notices.append(f"{len(source.frozen)} tensors are the base's own, were not trained, and are left out")
+
+
+def _root(file: InputFile) -> dict[Any, Any]:
+    root = torch_read.read_torch(file)
+    if not isinstance(root, dict):
+        raise _not_a_state_dict(file, type(root).__name__)
+    return root
 
 
 def _add_rank(source: Source, file: InputFile, root: dict[Any, Any], run: RunFiles) -> None:

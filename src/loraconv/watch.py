@@ -36,8 +36,8 @@ class Watch:
         return [{name: self._watched(ref) for name, ref in tensors.items()} for tensors in ranks]
 
     def _watched(self, ref: TensorRef) -> TensorRef:
-        if ref.dtype not in INFINITY:
-            return ref
+        if ref.dtype not in INFINITY or type(ref) is not TensorRef:
+            return ref  # numbers from several files are read again where they are asked for
         return WatchedRef(**{f.name: getattr(ref, f.name) for f in fields(TensorRef)}, watch=self)
 
     def look_at(self, tensor: Lazy) -> Seen:

@@ -117,6 +117,7 @@ def _converted(result: Any, as_json: bool, quiet: bool) -> None:
 @click.option(
     "--modules", multiple=True, default=(), metavar="PATTERN", help="With --base: only these, as in fuse --modules."
 )
+@click.option("--vision-tower", metavar="DIR", help="With --base: the CLIP model of a FUSED that is --to hf-llava.")
 @click.option("--before", metavar="CKPT", help="A checkpoint of any kind before a training, a save or a load ...")
 @click.option("--after", metavar="CKPT", help="... and after it: what became of every tensor?")
 @click.option(

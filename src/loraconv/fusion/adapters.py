@@ -16,7 +16,7 @@ from loraconv.adapter import Adapter, read_adapter
 from loraconv.algebra import specials_in
 from loraconv.detect import Detected, detect
 from loraconv.errors import FormatError, UsageError
-from loraconv.health import Health, check_adapter, check_tensors, nonfinite_error
+from loraconv.health import Health, check_adapter, check_copies, check_tensors, nonfinite_error
 from loraconv.names import fold_names, printable
 from loraconv.notices import left_behind, nearest_notices, unknown_notices
 from loraconv.products import read_products
@@ -124,6 +124,7 @@ def _open(
     else:
         adapter = read_adapter(source, detected, alpha=alpha, strict=strict, nearest=near)
     _check_rank(source, adapter, rank)
+    check_copies(source.whole, source.tensors)
     with ThreadPoolExecutor(1) as beside:
         digest = beside.submit(_digest, adapter)
         health = check_tensors(t for one in specials for t in one.floats) if specials else check_adapter(adapter)

@@ -108,7 +108,7 @@ def _plan(model: Model, used: tuple[Used, ...], joined: Joined, options: dict[st
     shards, index = plan_shards(joined.whole, terms, joined.dtype, size, joined.names, joined.more)
     entire = not options["in_place"]
     kept, left = rest_of(model, whole=entire, own_index=size is None and not index)
-    settings = settings_of(joined.whole, joined.told, other=joined.other)
+    settings = {**settings_of(joined.whole, joined.told, other=joined.other), **joined.texts}
     replaces = None
     if options["in_place"]:
         _refuse_in_place(model, left)

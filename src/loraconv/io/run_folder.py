@@ -113,15 +113,15 @@ def _from_pointer(path: Path, pointer: Path, iterations: list[str], layout: RunL
 def _from_iteration(folder: Path, layout: RunLayout) -> RunFiles:
     partial = not _ranks(folder, layout.shard)
     found = _ranks(folder, layout.partial if partial else layout.shard)
-    return RunFiles(layout, _in_order(folder, found), _sidecar(folder, layout), partial)
+    return RunFiles(layout, _in_order(folder, found), find_sidecar(folder, layout), partial)
 
 
 def _from_file(path: Path, layout: RunLayout) -> RunFiles:
     for template, partial in ((layout.shard, False), (layout.partial, True)):
         if _rank_of(path.name, template) is not None:
             found = _ranks(path.parent, template)
-            return RunFiles(layout, _in_order(path.parent, found), _sidecar(path.parent, layout, path), partial)
-    return RunFiles(layout, (path,), _sidecar(path.parent, layout, path), named=False)
+            return RunFiles(layout, _in_order(path.parent, found), find_sidecar(path.parent, layout, path), partial)
+    return RunFiles(layout, (path,), find_sidecar(path.parent, layout, path), named=False)
 
 
 def _rank_files(folder: Path, layout: RunLayout) -> bool:
@@ -170,7 +170,7 @@ def check_ranks(where: str, ranks: list[int], world: int) -> None:
         )
 
 
-def _sidecar(folder: Path, layout: RunLayout, file: Path | None = None) -> Path | None:
+def find_sidecar(folder: Path, layout: RunLayout, file: Path | None = None) -> Path | None:
     """The settings file of the iteration in ``folder``, also where a link leads there from elsewhere."""
     real = (file or folder).resolve()
     real = real.parent if file else real

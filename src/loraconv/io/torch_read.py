@@ -63,6 +63,8 @@ _CALLS = {
     "builtins.frozenset": "_make_frozenset",
     "builtins.bytes": "_make_bytes",
     "_codecs.encode": "_encode",
+    # A number with a name: which stage of ZeRO cut the tensors up.
+    "deepspeed.runtime.zero.config.ZeroStageEnum": "_stage",
 }
 
 #: Recognised, never built. The built-in types are the factory of a defaultdict and the element types of omegaconf.
@@ -131,7 +133,7 @@ def read_tensors(file: InputFile) -> dict[str, TensorRef]:
     views with gaps or transposed ones (``strided``), whose bytes cannot be copied.
     """
     root = read_torch(file)
-    tensors = {key: _bare(value) for key, value in root.items()} if isinstance(root, dict) else {}
+    tensors = {key: bare(value) for key, value in root.items()} if isinstance(root, dict) else {}
     found = {key: replace(ref, name=key) for key, ref in tensors.items() if type(key) is str and ref is not None}
     if len(found) != len(tensors) or not found:
         other = [str(key) for key in tensors if key not in found]
@@ -151,7 +153,8 @@ def read_tensors(file: InputFile) -> dict[str, TensorRef]:
     return found
 
 
-def _bare(value: object) -> TensorRef | None:
+def bare(value: object) -> TensorRef | None:
+    """The tensor, without its Python attributes; None for anything else."""
     value = value.tensor if isinstance(value, TaggedTensor) else value
     return value if isinstance(value, TensorRef) else None
 
@@ -316,6 +319,11 @@ class _Reader(Machine):
     def _make_bytes(self) -> object:
         # Protocol 2 writes empty bytes as a call; with an argument it would be a bomb, and is a TypeError.
         return b""
+
+    def _stage(self, number: object) -> object:
+        if type(number) is not int:
+            damaged(self.file, "a stage of ZeRO is no number")
+        return number
 
     def _encode(self, text: object, codec: object = "latin1") -> object:
         if type(text) is not str or codec not in ("latin1", "latin-1"):

@@ -26,6 +26,7 @@ def verify(
     base: str | Path | None = None,
     dtype: str | None = None,
     modules: Sequence[str] = (),
+    vision_tower: str | Path | None = None,
     consumers: bool = False,
     forward: bool = False,
     model: str | Path | None = None,
@@ -39,7 +40,8 @@ def verify(
     they should be ``identical`` or differ in LoRA factors alone (``only-lora``).
 
     With ``base``, the last path is a model that is to be that base plus the adapters before it (``PATH@STRENGTH``), in
-    all modules or in those that fit the patterns ``modules``, cast to ``dtype`` if given. ``consumers`` asks of one
+    all modules or in those that fit the patterns ``modules``, cast to ``dtype`` if given; ``vision_tower`` is the CLIP
+    model of one that was fused to ``hf-llava``. ``consumers`` asks of one
     adapter what diffusers, peft, ComfyUI and others would make of it. ``forward`` runs the ``model`` in diffusers with
     the first path's adapter, and compares it with the second's, or with a model that it is fused into; in ``dtype``,
     else fp32.
@@ -57,9 +59,11 @@ def verify(
 
         if (before, after, expect) != (None, None, None):
             raise UsageError("--base does not go with --before", hint="loraconv verify --base BASE ADAPTER FUSED")
-        return verify_fused(base, paths, alpha=alpha, dtype=dtype, bound=bound, modules=modules)
-    if dtype is not None or modules:
-        word = "--modules" if dtype is None else "--dtype"
+        return verify_fused(
+            base, paths, alpha=alpha, dtype=dtype, bound=bound, modules=modules, vision_tower=vision_tower
+        )
+    if dtype is not None or modules or vision_tower is not None:
+        word = "--dtype" if dtype is not None else "--modules" if modules else "--vision-tower"
         raise UsageError(f"{word} needs --base", hint=f"loraconv verify --base BASE ADAPTER FUSED {word} ...")
     if (before, after, expect) != (None, None, None):
         return _changes(paths, before, after, expect, (alpha, bound))

@@ -135,7 +135,8 @@ def _open(path: str | Path) -> Iterator[_Opened]:
     with open_source(path) as source:
         refuse_parts(source)
         averaged = source.files[0].path.resolve().parent.name.endswith("-ema")
-        yield _Opened(str(path), source, list(source.ranks), source.trained, averaged)
+        ranks = [{**source.frozen, **source.tensors}, *source.ranks[1:]]
+        yield _Opened(str(path), source, ranks, source.trained, averaged)
 
 
 def _refuse_other_spelling(one: _Opened, two: _Opened) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
-from loraconv.errors import FormatError, UsageError
+from loraconv.errors import UsageError
 from loraconv.fusion.adapters import split_strength
 from loraconv.fusion.llava import refuse_unfinished, trained_whole
 from loraconv.io.input_file import InputFile
@@ -18,20 +18,25 @@ from loraconv.io.sidecar import read_json
 from loraconv.io.torch_read import read_tensors
 from loraconv.lazy import TensorRef
 from loraconv.model_folder import CONFIG, Model, open_model
-from loraconv.names import DTYPE_WORDS, printable, quoted
+from loraconv.names import DTYPE_WORDS, printable
 from loraconv.patterns import choose
 from loraconv.source import open_source
 from loraconv.verification.adapters import adapter_pairs
 from loraconv.verification.result import VerifyResult, number
 from loraconv.verifier.diagnosis import Finding
 from loraconv.verifier.fused import FusedReport, Term, prove_fused
-from loraconv.verifier.llava import main_dtype, trained_beside
+from loraconv.verifier.llava import (
+    NOTES,
+    as_original,
+    is_renamed,
+    is_tower,
+    main_dtype,
+    other_settings,
+    tower_beside,
+    trained_beside,
+)
 from loraconv.verifier.proof import Check
 from loraconv.verifier.spelled import apart
-
-#: Notes in config.json about where it came from, which the class that is to be built does not read, and the dtype,
-#: which the tensors tell.
-_NOTES = {"_diffusers_version", "_name_or_path", "dtype", "torch_dtype"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +102,15 @@ def verify_fused(
     dtype: str | None = None,
     bound: float | None = None,
     modules: Sequence[str] = (),
+    vision_tower: str | Path | None = None,
 ) -> FusedResult:
     """Prove the last of ``paths``, a fused model, against ``base`` and the adapters before it (``PATH@STRENGTH``).
 
     ``alpha`` is that of the adapter, where there is one and its files do not say it; ``dtype`` (fp32, fp16, bf16) the
     one that the fused model was asked to have; ``bound`` a relative error of the delta to allow; ``modules`` the
-    patterns of those that were fused, none for all. Raises :class:`FormatError` (``not-comparable``) where they cannot
-    be compared, and what opening them raises.
+    patterns of those that were fused, none for all; ``vision_tower`` the CLIP model that a fused
+    ``LlavaForConditionalGeneration`` has besides. Raises :class:`FormatError` (``not-comparable``) where they cannot be
+    compared, :class:`UsageError` (``tower-missing``), and what opening them raises.
     """
     subject = _subject(base, paths, alpha, dtype, bound)
     with ExitStack() as stack:
@@ -115,14 +122,20 @@ def verify_fused(
         magnitudes = [found for _, found in divided]
         terms = [Term(*term) for term in zip(pairs, strengths, magnitudes, strict=True)]
         before, after = (stack.enter_context(open_model(path)) for path in (base, paths[-1]))
-        _refuse_hf(after)
         beside = _beside([source.path for source in sources], stack)
+        tower = _tower(after, {**before.tensors, **beside.tensors}, vision_tower, stack)
+        made, rows = after.tensors, None
+        if tower is not None:
+            parts = {name: ref for name, ref in tower.tensors.items() if name not in before.tensors}
+            beside = replace(beside, tensors={**parts, **beside.tensors})
+            made, rows = as_original(after.tensors, {**before.tensors, **beside.tensors})
         dtype_of = subject.dtype or (main_dtype(before.tensors) if beside.tensors else None)
         only = choose({module: None for found in pairs for module in found}, modules) if modules else None
-        report = prove_fused(
-            before.tensors, terms, after.tensors, only=only, dtype=dtype_of, bound=bound, beside=beside.tensors
-        )
-        report = _with_config(report, beside.config or before.config, after.config)
+        report = prove_fused(before.tensors, terms, made, only=only, dtype=dtype_of, bound=bound, beside=beside.tensors)
+        if rows is not None:
+            report = replace(report, proof=replace(report.proof, checks=(*report.proof.checks, rows)))
+        mend = "copy the base's config.json into the fused model's folder" if tower is None else "fuse it again"
+        report = _with_config(report, _other_settings(beside.config or before.config, after, tower), mend)
         for source in sources:
             source.check_unchanged()
         before.check_unchanged()
@@ -157,18 +170,26 @@ class _Beside:
     config: dict[str, Any] | None
 
 
-def _refuse_hf(fused: Model) -> None:
-    """Raise :class:`FormatError` for a model of transformers' own LLaVA class, whose parts are called otherwise."""
-    if (fused.config or {}).get("model_type") == "llava" and any(
-        n.startswith("language_model.") for n in fused.tensors
-    ):
-        raise FormatError(
-            "a LlavaForConditionalGeneration is compared with base and run only when fuse writes it",
+def _tower(fused: Model, given: Mapping[str, TensorRef], path: str | Path | None, stack: ExitStack) -> _Beside | None:
+    """The vision tower of a model of transformers' own LLaVA class, under LLaVA's names; None for other models.
+
+    ``given`` are base and run. Raises :class:`UsageError` where these lack the tower and ``path`` names none.
+    """
+    if (fused.config or {}).get("model_type") != "llava" or not any(map(is_renamed, fused.tensors)):
+        if path is not None:
+            raise UsageError("--vision-tower is for a model that was fused --to hf-llava", hint="leave it out")
+        return None
+    if path is not None:
+        tower = stack.enter_context(open_model(path))
+        return _Beside(tower_beside(tower.tensors), tower.config)
+    if not any(map(is_tower, given)):
+        raise UsageError(
+            "a LlavaForConditionalGeneration has the vision tower in it, which neither the base nor the run has",
             where=printable(str(fused.path), 1000),
-            why="its vision tower is in neither of them",
-            hint=f"see whether it is as it was written: loraconv verify {quoted(fused.path)}",
-            slug="not-comparable",
+            hint="add --vision-tower TOWER, the CLIP model that it was fused with",
+            slug="tower-missing",
         )
+    return _Beside({}, None)
 
 
 def _beside(adapters: Sequence[Path], stack: ExitStack) -> _Beside:
@@ -182,16 +203,25 @@ def _beside(adapters: Sequence[Path], stack: ExitStack) -> _Beside:
     return _Beside({}, None)
 
 
-def _with_config(report: FusedReport, one: dict[str, Any] | None, other: dict[str, Any] | None) -> FusedReport:
-    """The report with a check of ``config.json``, where both models have one."""
-    if one is None or other is None:
+def _other_settings(given: dict[str, Any] | None, fused: Model, tower: _Beside | None) -> list[str] | None:
+    """The keys of ``config.json`` that are not as they should be; None where one of the models has no settings."""
+    if given is None or fused.config is None:
+        return None
+    if tower is not None:
+        return other_settings(fused.config, given, tower.config)
+    one, other = given, fused.config
+    return [key for key in (one | other) if key not in NOTES and one.get(key) != other.get(key)]
+
+
+def _with_config(report: FusedReport, keys: Sequence[str] | None, mend: str) -> FusedReport:
+    """The report with a check of ``config.json``."""
+    if keys is None:
         return report
-    keys = [key for key in (one | other) if key not in _NOTES and one.get(key) != other.get(key)]
     detail = f"other values of {', '.join(printable(key, 60) for key in keys[:6])}" if keys else ""
     check = Check("L0", "config.json is that of the base or the run", not keys, 1, detail=detail)
     proof = replace(report.proof, checks=(*report.proof.checks, check))
     if not keys:
         return replace(report, proof=proof)
     sentence = f"config.json is not that of the base: {detail}"
-    finding = Finding("config", sentence, "copy the base's config.json into the fused model's folder", ())
+    finding = Finding("config", sentence, mend, ())
     return replace(report, proof=proof, findings=(*report.findings, finding))

@@ -35,7 +35,8 @@ def check_coverage(ranks: list[Tensors], made: Iterable[Lazy]) -> Check:
             if not name.startswith(DIT) or is_sat_factor(name) or name in dropped:
                 continue
             count += 1
-            whole = sum(used.get((ref.file.inode, ref.name), {}).values()) == numel(ref.shape)
+            places = {(leaf.file.inode, ref.name) for leaf in ref.leaves()}
+            whole = sum(sum(used.get(place, {}).values()) for place in places) == numel(ref.shape)
             copy = number > 0 and name in ranks[0] and same_bytes(ranks[0][name], ref)
             if not whole and not copy:
                 lost.append(name)

@@ -17,6 +17,7 @@ from typing import Any
 
 from loraconv.errors import FormatError, UsageError
 from loraconv.fusion.llava.landing import EMBEDDINGS, HEAD, TOWER
+from loraconv.fusion.llava.tokenizer import FILES, with_image_token
 from loraconv.fusion.rest import Kept
 from loraconv.lazy import TensorRef
 from loraconv.model_folder import Model, inside, open_model
@@ -56,7 +57,8 @@ PREPROCESSOR = "preprocessor_config.json"
 @dataclass(frozen=True, slots=True)
 class HfLlava:
     """What the output is besides the fused tensors: ``names`` of the original -> of the output, ``more`` rows of zeros
-    (original name -> number), the whole model's ``config``, the opened ``tower``, and files ``kept`` of it."""
+    (original name -> number), the whole model's ``config``, the opened ``tower``, files ``kept`` of it, and the
+    ``texts`` of the tokenizer and the processor by file name."""
 
     tower: Model
     tensors: Mapping[str, TensorRef]
@@ -64,6 +66,7 @@ class HfLlava:
     more: Mapping[str, int]
     config: dict[str, Any]
     kept: tuple[Kept, ...]
+    texts: Mapping[str, str]
     notices: tuple[str, ...]
 
     def joined(self, whole: Model) -> Model:
@@ -71,8 +74,8 @@ class HfLlava:
         return replace(whole, tensors={**self.tensors, **whole.tensors}, config=self.config)
 
 
-def open_hf(whole: Model, tower: str | Path | None, stack: ExitStack) -> HfLlava:
-    """Open the vision tower and plan the output; ``whole`` is base and run together.
+def open_hf(whole: Model, tower: str | Path | None, stack: ExitStack, own: Mapping[str, Path]) -> HfLlava:
+    """Open the vision tower and plan the output; ``whole`` is base and run together, ``own`` the run's files.
 
     Raises :class:`UsageError` (``tower-missing``) and :class:`FormatError` (``not-llava``, ``tower-type``,
     ``tower-incomplete``, ``hf-llava``: what this class of transformers has no place for).
@@ -97,11 +100,13 @@ def open_hf(whole: Model, tower: str | Path | None, stack: ExitStack) -> HfLlava
     if (opened.folder / PREPROCESSOR).is_file():
         path = inside(opened.folder, PREPROCESSOR)
         kept = (Kept(path, PREPROCESSOR, os.stat(path).st_size),)
-    notice = (
-        f"images are marked by token {token}, one more than the vocabulary had, its rows zero; tell the tokenizer:"
-        ' tokenizer.add_tokens("<image>", special_tokens=True)'
-    )
-    return HfLlava(opened, tensors, names, more, _config(config, vision, token), kept, (notice,))
+    said = [] if kept else [f"the tower's folder has no {PREPROCESSOR}, without which AutoProcessor loads nothing"]
+    made = _config(config, vision, token)
+    of_base = {} if whole.single is not None else {name: whole.folder / name for name in FILES}
+    files = {**{name: inside(whole.folder, name) for name, path in of_base.items() if path.is_file()}, **own}
+    patch = {**_CLIP, **vision}["patch_size"]
+    tokenizer = with_image_token(files, token, patch, made["vision_feature_select_strategy"])
+    return HfLlava(opened, tensors, names, more, made, kept, tokenizer.texts, (tokenizer.notice, *said))
 
 
 def _llava_config(whole: Model) -> dict[str, Any]:

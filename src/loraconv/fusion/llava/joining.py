@@ -49,7 +49,13 @@ class Joined:
     @property
     def kept(self) -> list[Kept]:
         """Files that take the place of the base's."""
-        return [kept for part in (self.run, self.hf) if part is not None for kept in part.kept]
+        found = [kept for part in (self.run, self.hf) if part is not None for kept in part.kept]
+        return [kept for kept in found if kept.name not in self.texts]
+
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """Files that are written anew, by name."""
+        return {} if self.hf is None else self.hf.texts
 
     def check_unchanged(self) -> None:
         """Raise :class:`CorruptCheckpoint` if the run's file or the tower's changed since it was opened."""
@@ -65,7 +71,8 @@ def join(
     """Open what belongs to the adapters; ``stack`` closes it. Raises as :func:`open_run` and :func:`open_hf` do."""
     run = open_run(model, used, stack)
     whole = model if run is None else run.joined(model)
-    made = open_hf(whole, tower, stack) if hf else None
+    own = {} if run is None else {kept.name: kept.path for kept in run.kept}
+    made = open_hf(whole, tower, stack, own) if hf else None
     whole = whole if made is None else made.joined(whole)
     said = [*run_notices(model, used, run), *(() if made is None else made.notices)]
     if run is None and made is None:

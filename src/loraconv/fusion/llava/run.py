@@ -18,6 +18,7 @@ from typing import Any
 from loraconv.errors import FormatError, UsageError
 from loraconv.fusion.adapters import Used, split_strength
 from loraconv.fusion.llava.landing import check_config, landed
+from loraconv.fusion.llava.tokenizer import FILES
 from loraconv.fusion.rest import Kept
 from loraconv.io.input_file import InputFile
 from loraconv.io.sidecar import read_json
@@ -29,10 +30,6 @@ from loraconv.names import DTYPE_WORDS, FLOAT_DTYPES, fold_names, printable, quo
 #: What was trained whole, by LLaVA's names of the two files that may hold it.
 TRAINED, PROJECTOR = "non_lora_trainables.bin", "mm_projector.bin"
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-_TOKENIZER = (
-    "added_tokens.json", "chat_template.jinja", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json",
-)  # fmt: skip
 #: Settings that only a LLaVA model has.
 _MARKS = ("mm_vision_tower", "mm_projector_type")
 #: A field of LLaVA's ``TrainingArguments`` alone, as it stands in the pickle of them.
@@ -94,7 +91,7 @@ def _opened(model: Model, folder: Path, name: str, stack: ExitStack) -> Run:
     config = read_json(inside(folder, CONFIG))
     check_config(config, model, folder)
     tensors = landed(read_tensors(file), model, config, file)
-    files = [inside(folder, one) for one in _TOKENIZER if (folder / one).is_file()]
+    files = [inside(folder, one) for one in FILES if (folder / one).is_file()]
     kept = tuple(Kept(path, path.name, os.stat(path).st_size) for path in files)
     return Run(folder, file, tensors, config, kept)
 
