@@ -17,7 +17,7 @@ import loraconv
 from loraconv.detect import detect
 from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError, ProofFailed, UsageError
 from loraconv.source import open_source
-from loraconv.verifier.numbers import Held, Pair, Tensor, values
+from loraconv.verifier.numbers import Pair, in_memory, values
 from loraconv.verifier.oracles import pairs_of
 from loraconv.verifier.spelled import sort_keys
 from tests.lycoris_files import CONV, IN, KINDS, MODULES, OUT, delta_of, made, saved, weight_decompose
@@ -122,14 +122,13 @@ def pairs_in(file: Path) -> dict[str, Pair]:
     with open_source(file) as source:
         plain = sort_keys(source.tensors).plain
         pairs = pairs_of(detect(source).dialect.name, [plain], source.metadata, None, None)
-        return {m: Pair(held(p.down), held(p.up), p.scale) for m, p in pairs.items()}
-
-
-def held(tensor: Tensor) -> Held:
-    return Held(values(tensor), tensor.dtype)
+        return {m: replace(p, down=in_memory(p.down), up=in_memory(p.up)) for m, p in pairs.items()}
 
 
 def product(pair: Pair) -> np.ndarray[Any, Any]:
+    if pair.grid is not None:
+        one, other = values(pair.up).reshape(pair.grid[:2]), values(pair.down).reshape(pair.grid[2:])
+        return float(pair.scale) * np.kron(one, other)
     return np.asarray(float(pair.scale) * (values(pair.up) @ values(pair.down)))
 
 

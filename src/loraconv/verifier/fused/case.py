@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from loraconv.lazy import TensorRef
 from loraconv.names import FLOAT_DTYPES, fold_names
 from loraconv.verifier.algebra import dora_delta
+from loraconv.verifier.delta import rows_of
 from loraconv.verifier.fused.figures import Figures
 from loraconv.verifier.fused.rounding import Delta
 from loraconv.verifier.numbers import Pair, Tensor, values
@@ -90,6 +91,9 @@ class Case:
         import numpy as np
 
         magnitude = term.magnitudes.get(module)
+        if magnitude is None and pair.grid is not None:
+            change = rows_of(pair, 0, pair.shape[0])
+            return change, np.eye(change.shape[1]), pair.scale
         if magnitude is None:
             return values(pair.up), values(pair.down), pair.scale
         change = dora_delta(values(self.base[home_of(module)]), pair, magnitude)
