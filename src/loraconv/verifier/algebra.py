@@ -15,7 +15,6 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from loraconv.lazy import TensorRef, Viewed
-from loraconv.verifier.delta import rows_of
 from loraconv.verifier.numbers import Computed, Held, Pair, Tensor, room_of, values
 
 if TYPE_CHECKING:
@@ -52,17 +51,6 @@ def special_pairs(sides: Sides, alpha: Fraction | None) -> dict[str, Pair]:
     if bias is not None:
         made[".bias"] = column(bias, Fraction(1))
     return made
-
-
-def dora_delta(base: Array, pair: Pair, magnitude: Tensor) -> Array:
-    """``m * (W + delta) / ||W + delta|| - W`` in float64; ``m`` has one number for each row, or, as (1, in), for each
-    column, and the norms go along the other axis."""
-    import numpy as np
-
-    whole, size = base + float(pair.scale) * rows_of(pair, 0, pair.shape[0]), values(magnitude)
-    if size.ndim > 1 and size.shape[0] == 1 < size.size:
-        return np.asarray(whole / np.sqrt((whole**2).sum(axis=0)) * size.reshape(-1) - base)
-    return np.asarray(whole / np.sqrt((whole**2).sum(axis=1))[:, None] * size.reshape(-1, 1) - base)
 
 
 def column(vector: TensorRef, scale: Fraction | float) -> Pair:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loraconv.lazy import TensorRef, decode
 from loraconv.names import DTYPE_BYTES, numel
 from loraconv.verifier.fused.figures import LAYOUT, Figures, judge
+from loraconv.verifier.fused.whole import Whole
 from loraconv.verifier.numbers import same_bytes
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 1 << 19
 #: Above this share of unsettled elements, float64 for all of a block takes less time than picking them out.
 MANY = 1 / 50
+#: What float64 leaves of a delta that is no product, relative: norms of up to 4096 numbers, each off by a unit or two.
+_OF_WHOLE = 2.0**-40
 #: Products that are added up in float32 in one go.
 _SUM = 64
 #: Factors count as at least this large in the bound, which so covers what float32 loses of the smallest products.
@@ -33,6 +36,7 @@ _LEAST = 2.0**-55
 class Delta:
     """The sum of low-rank products: ``up @ down`` with ``up`` (out, all ranks), scaled, ``down`` (all ranks, in).
 
+    ``wholes`` are added to it, each times its factor, and have no small factors; then all is done in float64.
     ``columns`` is ``down`` transposed in memory; ``up32`` and ``down32`` are rounded to float32; ``lengths`` (out, 1)
     and ``widths`` (1, in) are the norms of the rows of ``up`` and of the columns of ``down``.
     """
@@ -44,22 +48,36 @@ class Delta:
     down32: Array
     lengths: Array
     widths: Array
+    wholes: tuple[tuple[float, Whole], ...] = ()
 
     @classmethod
-    def of(cls, up: Array, down: Array) -> Delta:
+    def of(cls, up: Array, down: Array, wholes: tuple[tuple[float, Whole], ...] = ()) -> Delta:
         """From float64 factors."""
         import numpy as np
 
         with np.errstate(over="ignore", invalid="ignore"):
             lengths, widths = np.linalg.norm(up, axis=1, keepdims=True), np.linalg.norm(down, axis=0, keepdims=True)
             columns = np.ascontiguousarray(down.T)
-            return cls(up, down, columns, up.astype(np.float32), down.astype(np.float32), lengths, widths)
+            singles = up.astype(np.float32), down.astype(np.float32)
+            return cls(up, down, columns, *singles, lengths, widths, wholes)
 
     @property
     def rank(self) -> int:
         """The number of products in an element. Times the unit roundoff and ``|up_i| |down_j|``, this and a few more
         for the factors' own roundings bound the element's error (Higham, Accuracy and Stability, section 3.5)."""
         return int(self.down.shape[0])
+
+    @property
+    def moves(self) -> bool:
+        """False for a product of zeros."""
+        return bool(self.wholes) or bool(self.up.any())
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Rows in float64."""
+        made: Array = self.up[start:stop] @ self.down
+        for factor, whole in self.wholes:
+            made += factor * whole.rows(start, stop)
+        return made
 
     def at(self, rows: Array, columns: Array) -> Array:
         """Single elements in float64."""
@@ -141,6 +159,8 @@ def compare_block(base: Array, stored: Array, delta: Delta, start: int, dtype: s
     import numpy as np
 
     stop = start + len(stored)
+    if delta.wholes and stored.dtype == np.float32:
+        base, stored = base.astype(np.float64), stored.astype(np.float64)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         product, error = _product(delta, start, stop, stored.dtype)
         exact = base + product
@@ -156,6 +176,8 @@ def compare_block(base: Array, stored: Array, delta: Delta, start: int, dtype: s
         )
         lengths, widths = (np.maximum(x, _LEAST) for x in (delta.lengths[start:stop], delta.widths))
         room = np.multiply(lengths * error, widths, dtype=stored.dtype, casting="unsafe")
+        if delta.wholes:
+            room = room + (np.abs(product) + np.abs(base)) * _OF_WHOLE
         unsettled = _unsettled(exact, stored, room, dtype)
         if not np.isfinite(figures.rest):
             unsettled |= ~np.isfinite(stored)  # right or not, it has to be counted
@@ -173,7 +195,7 @@ def _product(delta: Delta, start: int, stop: int, work: Any) -> tuple[Array, flo
     import numpy as np
 
     if work == np.float64:
-        return delta.up[start:stop] @ delta.down, (delta.rank + 8) * 2.0**-53
+        return delta.rows(start, stop), (delta.rank + 8) * 2.0**-53
     parts = [slice(first, first + _SUM) for first in range(0, max(1, delta.rank), _SUM)]
     product: Array = delta.up32[start:stop, parts[0]] @ delta.down32[parts[0]]
     for part in parts[1:]:
@@ -211,6 +233,8 @@ def _judged(base: Array, stored: Array, delta: Delta, start: int, dtype: str, ch
     added = delta.at(rows + start, columns) if stored.dtype == np.float32 else product.reshape(-1)[chosen]
     before = base.reshape(-1)[chosen].astype(np.float64)
     lengths = delta.lengths[rows + start, 0] * delta.widths[0, columns]
+    if delta.wholes:
+        lengths = lengths + np.linalg.norm(product, axis=1)[rows]
     return replace(
         judge(stored.reshape(-1)[chosen].astype(np.float64), before, added, lengths * (delta.rank + 8), dtype),
         worst_row=start,
