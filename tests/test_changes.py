@@ -136,7 +136,7 @@ def test_every_number_of_a_sum_of_loras_is_the_nearest(kind: str, tmp_path: Path
 def test_no_more_than_a_few_blocks_are_in_memory(by_column: bool, tmp_path: Path) -> None:
     size = 2048
     tensors = {"lora_down.weight": torch.ones(4, size), "lora_up.weight": torch.ones(size, 4)}
-    tensors["dora_scale"] = torch.ones((1, size) if by_column else (size, 1))
+    tensors["dora_scale"] = torch.rand((1, size) if by_column else (size, 1)) + 1  # another one in every block of rows
     weight = torch.randn(size, size).bfloat16()
     tracemalloc.start()
     fused(tmp_path, weight, tensors)

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 import loraconv
 from loraconv.source import open_source
 from loraconv.verification.adapters import adapter_pairs
-from loraconv.verifier.algebra import cut_rows, dense
+from loraconv.verifier.algebra import cut_rows, dense, special_pairs
 from loraconv.verifier.delta import Grams, compare_module, distance, inner, rows_of, transposed
-from loraconv.verifier.numbers import Held, Pair
+from loraconv.verifier.numbers import Held, Pair, room_of, values
 from loraconv.verifier.spectrum import singular_values
 
 Array = np.ndarray[Any, Any]
@@ -85,6 +85,16 @@ def test_no_matrix_of_the_full_size_is_made() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1536 * 1536 * 8 * 0.9
+
+
+@pytest.mark.parametrize("kind", ["lokr", "loha", "loha_dense", "tucker"])
+def test_the_room_is_what_the_largest_roundings_of_every_factor_add_up_to(kind: str) -> None:
+    shapes = SHAPES.get(kind, {"down": (2, 4, 1, 1), "up": (6, 2, 1, 1), "lora_mid": (2, 2, 3, 3)})
+    sides = {side: Held(abs(noise(*shape, seed=n)), "BF16") for n, (side, shape) in enumerate(shapes.items())}
+    largest = {side: Held(held.values * (1 + 2.0**-8), "BF16") for side, held in sides.items()}
+    pair, more = special_pairs(sides, None)[""], special_pairs(largest, None)[""]  # type: ignore[arg-type]
+    for one, other in ((pair.up, more.up), (pair.down, more.down)):
+        assert np.allclose(room_of(one), values(other) - values(one), rtol=1e-5, atol=0)
 
 
 SHAPES = {

@@ -78,9 +78,15 @@ class Special:
         return any(len(ref.shape) > 2 for ref in self.tensors.values() if ref is not self.tensors.get("magnitude"))
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """The sizes of a convolution's kernel; empty for a linear layer, and where no tensor has them."""
+        sides = ("mid", "hada_t1", "lokr_t2", "lokr_w2", "diff", "down")
+        return next((self.tensors[side].shape[2:] for side in sides if side in self.tensors), ())
+
+    @property
     def can_be_approximated(self) -> bool:
-        """True if a LoRA on a linear layer can be near to it."""
-        return not (self.has_magnitude or self.has_vectors or self.is_convolution)
+        """True if a LoRA can be near to it."""
+        return not (self.has_magnitude or self.has_vectors)
 
     @property
     def floats(self) -> list[TensorRef]:

@@ -18,7 +18,7 @@ from loraconv.deltas import Known, Matrix, matrices, order_of
 from loraconv.detect import Detected
 from loraconv.errors import FormatError
 from loraconv.names import fold_names, printable
-from loraconv.products import ranges, scale_of
+from loraconv.products import ranges, scale_of, with_kernel
 from loraconv.scale import Scale
 from loraconv.truncation import Cut, Wanted, norm, rounding, stored, tails
 
@@ -47,7 +47,8 @@ def approximate(
         for module, whole in _modules(one, detected, alpha):
             made = _cut(whole, how, dtype, module)
             rank = made.down.shape[0]
-            factors.append(Factor(module, made.down, made.up, Scale(Fraction(rank), rank, "computed at scale 1")))
+            scale = Scale(Fraction(rank), rank, "computed at scale 1")
+            factors.append(with_kernel(Factor(module, made.down, made.up, scale), one.kernel))
             errors[module] = made.error
     factors.sort(key=lambda factor: natural(factor.module))
     worst = max(errors, key=lambda module: errors[module])
@@ -60,14 +61,12 @@ def approximate(
 
 
 def _refuse(specials: Sequence[Special]) -> None:
-    """Raise for what a LoRA on a linear layer is not near to."""
+    """Raise for what no LoRA is near to."""
     dora = [one.module for one in specials if one.has_magnitude]
     vectors = [one.module for one in specials if one.has_vectors]
-    convolutions = [one.module for one in specials if one.is_convolution]
     for wrong, what, hint in (
         (dora, "DoRA normalises the sum of weight and delta, which no LoRA does", "--to peft or --to kohya"),
         (vectors, "a bias or a norm has no rank", "--to comfyui or --to kohya"),
-        (convolutions, "it is on a convolution; only linear layers are converted", "--to comfyui or --to kohya"),
     ):
         if wrong:
             raise FormatError(

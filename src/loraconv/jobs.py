@@ -21,6 +21,7 @@ from loraconv.model_config import check_positions, infer_config
 from loraconv.names import DTYPE_WORDS, fold_names, printable, quoted
 from loraconv.plan import Plan, ScaleIn, folds, plan_adapter
 from loraconv.plan_base import plan_base
+from loraconv.products import read_kernels
 from loraconv.registry import dialect
 from loraconv.renaming import plan_dora, plan_renamed
 from loraconv.rules import Dialect
@@ -137,7 +138,8 @@ def _special_job(
         claims = Claims(made.errors, how.error, dtype)
         proof = {"alpha": alpha, "every_consumer": not target.every_consumer_reads_alpha}
         return Job(plan, "", proof, claims=claims), notices
-    if options.dtype is not None or (alpha is not None and not all(one.is_dora for one in specials)):
+    plain = all(one.what == "LoRA" for one in specials)  # some of them on convolutions
+    if options.dtype is not None or (alpha is not None and not (plain or all(one.is_dora for one in specials))):
         raise UsageError(
             f"--dtype and --alpha are for factors, and these keep their bytes: {in_words(specials)}",
             hint="without them, or with --approximate svd --max-error 1e-3",
@@ -145,6 +147,11 @@ def _special_job(
     renamed = None if alpha is not None else plan_renamed(source, detected, specials, target)
     if renamed is not None:
         return Job(renamed, "", {"alpha": None}), notices
+    if plain:
+        adapter = read_kernels(source, detected, specials, alpha=alpha, strict=options.strict)
+        plan = plan_adapter(adapter, target, detected.family, alike=detected.alike, scale_in=options.scale_in)
+        folded = not target.every_consumer_reads_alpha and folds(adapter.factors, target, options.scale_in)
+        return Job(plan, "", {"alpha": alpha, "every_consumer": folded}), notices
     if not all(one.is_dora for one in specials) or "magnitude" not in target.more.values() or target.header:
         raise _cannot_carry(source, specials, target)
     dora = plan_dora(source, detected, specials, target, alpha=alpha, strict=options.strict, scale_in=options.scale_in)

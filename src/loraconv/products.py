@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from loraconv.adapter import Adapter, Factor, natural, read_adapter, refuse_rest
@@ -12,7 +13,7 @@ from loraconv.algebra import Special, in_words, row_magnitudes
 from loraconv.deltas import Delta, size_of
 from loraconv.detect import Detected
 from loraconv.errors import FormatError
-from loraconv.lazy import InMemory, TensorRef, Zeros, encode, read
+from loraconv.lazy import InMemory, TensorRef, Viewed, Zeros, encode, read
 from loraconv.names import fold_names
 from loraconv.scale import ALPHA_TENSORS, Scale, alpha_in
 from loraconv.source import Source
@@ -63,11 +64,11 @@ def read_products(
         raise FormatError(
             f"this cannot be fused: {in_words(wrong)}",
             where="; ".join(fold_names(one.module for one in wrong)[:4]),
-            why="norms are not fused, and magnitudes of columns only to the weight they were trained on",
+            why="norms are not fused, and magnitudes of columns only to the one linear layer they were trained on",
             hint="loraconv convert ADAPTER -o OUT --to comfyui",
             slug="not-plain-lora",
         )
-    pairs = [one for one in specials if one.kind == "LoRA" and not one.is_convolution]
+    pairs = [one for one in specials if one.kind == "LoRA"]
     plain = {f.module: f for f in read_plain(source, detected, pairs, alpha=alpha, strict=strict).factors}
     factors = [factor for one in specials for factor in _factors(one, detected, plain, alpha)]
     return Adapter(tuple(sorted(factors, key=lambda factor: natural(factor.module))))
@@ -76,11 +77,12 @@ def read_products(
 def read_plain(
     source: Source, detected: Detected, pairs: Sequence[Special], *, alpha: Fraction | None, strict: bool
 ) -> Adapter:
-    """The factors of these modules, which are pairs, as if nothing stood beside them; raises what reading them does."""
+    """The factors of these modules, which are pairs, as if nothing stood beside them; those of convolutions as
+    matrices. Raises what reading them does."""
     if not pairs:
         return Adapter(())
     own = {t.name for one in pairs for side, t in one.tensors.items() if side in ("down", "up", "alpha")}
-    tensors = {name: ref for name, ref in source.tensors.items() if name in own}
+    tensors = {name: _as_matrix(ref) for name, ref in source.tensors.items() if name in own}
     config = None if source.config is None else {**source.config, "use_dora": False, "lora_bias": False}
     factors, alphas = ([n for n in names if n in own] for names in (detected.ledger.factors, detected.ledger.alphas))
     ledger = replace(detected.ledger, factors=factors, alphas=alphas, more=[])
@@ -88,13 +90,40 @@ def read_plain(
     return read_adapter(alone, replace(detected, ledger=ledger), alpha=alpha, strict=strict)
 
 
+def read_kernels(
+    source: Source, detected: Detected, pairs: Sequence[Special], *, alpha: Fraction | None, strict: bool
+) -> Adapter:
+    """The factors of LoRAs, those of convolutions in the shapes of kernels: down (rank, in, height, width), up
+    (out, rank, 1, 1)."""
+    plain, kernels = read_plain(source, detected, pairs, alpha=alpha, strict=strict), _kernels(pairs)
+    return replace(plain, factors=tuple(with_kernel(factor, kernels[factor.module]) for factor in plain.factors))
+
+
+def _kernels(pairs: Sequence[Special]) -> dict[str, tuple[int, ...]]:
+    return {target: one.kernel for one in pairs for target in one.targets}
+
+
+def with_kernel(factor: Factor, kernel: tuple[int, ...]) -> Factor:
+    """The factors, which are matrices, in the shapes that a LoRA of a convolution has; as they are without a kernel."""
+    if not kernel:
+        return factor
+    (rank, columns), rows = factor.down.shape, factor.up.shape[0]
+    down = Viewed(factor.down, (rank, columns // prod(kernel), *kernel))
+    return replace(factor, down=down, up=Viewed(factor.up, (rows, rank, *(1 for _ in kernel))))
+
+
+def _as_matrix(ref: TensorRef) -> TensorRef:
+    whole = len(ref.shape) > 2 and ref.strides is None
+    return replace(ref, shape=(ref.shape[0], prod(ref.shape[1:]))) if whole else ref
+
+
 def _splits_columns(one: Special) -> bool:
-    return one.has_magnitude and one.by_column and len(one.targets) > 1
+    return one.has_magnitude and one.by_column and (len(one.targets) > 1 or one.is_convolution)
 
 
 def _factors(one: Special, detected: Detected, plain: Mapping[str, Factor], alpha: Fraction | None) -> Iterator[Factor]:
     magnitudes = row_magnitudes(one, detected)
-    if one.kind == "LoRA" and not one.is_convolution:
+    if one.kind == "LoRA":
         made = [plain[target] for target in one.targets if target in plain]
     elif one.kind == "bias":
         made = []

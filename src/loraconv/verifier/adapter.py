@@ -90,7 +90,8 @@ def _names(expected: Expectation, stored: Pairs) -> Check:
     for module in set(expected.pairs) & set(stored):
         pair = stored[module]
         dtypes = (pair.down.dtype, pair.up.dtype)
-        if pair.shape != expected.pairs[module].shape or dtypes != expected.dtypes[module]:
+        own = expected.pairs[module]
+        if pair.shape != own.shape or not pair.fits(own) or dtypes != expected.dtypes[module]:
             wrong.append(module)
     detail = f"missing, unexpected or of another shape: {'; '.join(fold_names(wrong)[:4])}" if wrong else ""
     return Check("L0", "every module, shape and dtype", not wrong, len(expected.pairs), detail=detail)

@@ -46,7 +46,7 @@ def special_pairs(sides: Sides, alpha: Fraction | None) -> dict[str, Pair]:
     made = {}
     weight = _weight(sides, alpha)
     if weight is not None:
-        made[""] = weight
+        made[""] = replace(weight, kernel=_kernel(sides))
     bias = sides.get("diff_b", sides.get("b_norm"))
     if bias is not None:
         made[".bias"] = column(bias, Fraction(1))
@@ -84,8 +84,8 @@ def cut_rows(pair: Pair, chunks: tuple[int, ...], of: int) -> Pair:
     return dense(_product(kron, pair.up, pair.down, (height, columns)), pair.scale)
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """A kernel as a matrix."""
+def as_matrix(tensor: Tensor) -> Tensor:
+    """A kernel as the matrix (out, in * height * width)."""
     return _shaped(tensor, (tensor.shape[0], prod(tensor.shape[1:])))
 
 
@@ -143,7 +143,7 @@ def _each(one: Tensor, other: Tensor) -> Computed:
 
 def _weight(sides: Sides, alpha: Fraction | None) -> Pair | None:
     if "diff" in sides:
-        return dense(_flat(sides["diff"]))
+        return dense(as_matrix(sides["diff"]))
     if "w_norm" in sides:
         return column(sides["w_norm"], Fraction(1))
     if "hada_w1_a" in sides:
@@ -151,6 +151,12 @@ def _weight(sides: Sides, alpha: Fraction | None) -> Pair | None:
     if "lokr_w1" in sides or "lokr_w1_a" in sides:
         return _lokr(sides, alpha)
     return _locon(sides, alpha) if "up" in sides or "down" in sides else None
+
+
+def _kernel(sides: Sides) -> tuple[int, ...]:
+    """The sizes of a convolution's kernel; of a pair of factors only ``down`` has one."""
+    shapes = (ref.shape[2:] for side, ref in sides.items() if side not in ("up", "alpha"))
+    return next((shape for shape in shapes if prod(shape) > 1), ())
 
 
 def _scale(sides: Sides, rank: int, alpha: Fraction | None) -> Fraction:
@@ -162,7 +168,7 @@ def _scale(sides: Sides, rank: int, alpha: Fraction | None) -> Fraction:
 
 def _locon(sides: Sides, alpha: Fraction | None) -> Pair:
     """``up @ down``, with a core ``sum(up[o, i] * mid[i, j, k] * down[j, n])`` over i and j."""
-    up, down = _flat(sides["up"]), _flat(sides["down"])
+    up, down = as_matrix(sides["up"]), as_matrix(sides["down"])
     scale = _scale(sides, down.shape[0], alpha)
     if "lora_mid" not in sides:
         return Pair(down, up, scale)
@@ -191,7 +197,7 @@ def _rebuilt(core: Tensor, left: Tensor, right: Tensor) -> Computed:
     """A matrix from its Tucker core: ``sum(core[i, j, k] * left[i, o] * right[j, n])`` over i and j."""
     inner = _summed("ij...,jn->in...", core, right, (core.shape[0], right.shape[1], *core.shape[2:]))
     shape = left.shape[1], prod(inner.shape[1:])
-    return _summed("io,in->on", left, _flat(inner), shape)
+    return _summed("io,in->on", left, as_matrix(inner), shape)
 
 
 def _lokr(sides: Sides, alpha: Fraction | None) -> Pair:
@@ -206,8 +212,8 @@ def _lokr(sides: Sides, alpha: Fraction | None) -> Pair:
 def _kron_part(sides: Sides, name: str) -> Tensor:
     """One part of a LoKr as a matrix."""
     if name in sides:
-        return _flat(sides[name])
-    left, right = sides[f"{name}_a"], _flat(sides[f"{name}_b"])
+        return as_matrix(sides[name])
+    left, right = sides[f"{name}_a"], as_matrix(sides[f"{name}_b"])
     if name == "lokr_w2" and "lokr_t2" in sides:
         return _rebuilt(sides["lokr_t2"], left, right)
     return _summed("ij,jn->in", left, right, (left.shape[0], right.shape[1]))

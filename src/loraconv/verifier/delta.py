@@ -63,7 +63,7 @@ def compare_module(module: str, one: Pair, other: Pair, bound: float | None = No
     one, other = held(one), held(other)  # each factor is looked at many times
     first = Grams.of(one)
     norm = first.norm
-    if (one.shape[0], one.shape[2]) != (other.shape[0], other.shape[2]):
+    if not one.fits(other):
         return ModuleResult(module, False, float("inf"), 0.0, norm)
     outcome = compare(one, other)
     if outcome.equal:
@@ -203,7 +203,7 @@ def projection(one: Pair, other: Pair) -> tuple[float, float]:
     """
     import numpy as np
 
-    if (one.shape[0], one.shape[2]) != (other.shape[0], other.shape[2]):
+    if not one.fits(other):
         return 0.0, float("inf")
     own, size = inner(one, one), delta_norm(other)
     if not own > 0 or not size > 0 or not np.isfinite(size):

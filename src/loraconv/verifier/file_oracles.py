@@ -130,6 +130,9 @@ def of_original_names(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
         return dict(pairs)
     made: dict[str, Pair] = {}
     for pair, parts in zip(pairs.values(), shares, strict=True):
+        if _is_whole(parts):
+            made[parts[0].module] = pair
+            continue
         assert isinstance(pair.down, TensorRef)
         assert isinstance(pair.up, TensorRef)
         # alpha belongs to the whole pair: any number will do, for the scale is the pair's own
@@ -210,11 +213,16 @@ def _split(
 
 def _rows(end: str, pair: Pair, parts: list[Share]) -> Iterator[tuple[str, Pair]]:
     """The pairs of the diffusers modules whose rows a delta has; ``end`` comes behind their names."""
-    if len(parts) == 1 and parts[0].of == 1 and parts[0].last is None:
+    if _is_whole(parts):
         yield parts[0].module + end, pair
         return
     for share in (share.sized(pair.shape[0], pair.shape[2]) for share in parts):
         yield share.module + end, cut_rows(pair, share.chunks, share.of)
+
+
+def _is_whole(parts: list[Share]) -> bool:
+    """True for one module that has all the rows in their order."""
+    return len(parts) == 1 and parts[0].of == 1 and parts[0].last is None
 
 
 def _diagonal(up: TensorRef, parts: list[Share], height: int, rank: int) -> int:

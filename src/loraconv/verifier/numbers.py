@@ -80,13 +80,14 @@ class Pair:
     With ``grid`` = (n1, m1, n2, m2) the delta is ``scale * kron(w1, w2)``, and ``up`` is w1 (n1, m1) as a column,
     ``down`` is w2 (n2, m2) as a row. Their product has the numbers of the delta in another order (Van Loan and
     Pitsianis, Approximation with Kronecker products, 1993), so that norms and distances of deltas of one grid are
-    those of the products, of rank 1.
+    those of the products, of rank 1. ``kernel`` has the sizes of a convolution's kernel, as far as the tensors have it.
     """
 
     down: Tensor
     up: Tensor
     scale: Fraction | float
     grid: tuple[int, int, int, int] | None = None
+    kernel: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -95,6 +96,12 @@ class Pair:
             return self.up.shape[0], self.down.shape[0], self.down.shape[1]
         n1, m1, n2, m2 = self.grid
         return n1 * n2, min(n1, m1) * min(n2, m2), m1 * m2
+
+    def fits(self, other: Pair) -> bool:
+        """True if both deltas are added to a weight of one shape."""
+        one, two = self.shape, other.shape
+        kernels = {pair.kernel for pair in (self, other) if pair.kernel}
+        return (one[0], one[2]) == (two[0], two[2]) and len(kernels) < 2
 
     @property
     def kind(self) -> tuple[object, ...]:

@@ -19,7 +19,7 @@ from loraconv.errors import FormatError, ProofFailed
 from loraconv.lazy import TensorRef, read
 from loraconv.names import printable
 from loraconv.verifier import file_oracles
-from loraconv.verifier.algebra import column
+from loraconv.verifier.algebra import as_matrix, column
 from loraconv.verifier.numbers import Held, Pair, difference_norm, product_norm, values
 from loraconv.verifier.pipeline_names import of_pipeline
 
@@ -222,7 +222,7 @@ def _peft_like(
         rank = both["A"].shape[0]
         told = alpha if alpha is not None else _peft_alpha(config, module, rank)
         scale = _peft_scale(told, rank, config.get("use_rslora") is True)
-        pairs[module] = Pair(both["A"], both["B"], scale)
+        pairs[module] = Pair(as_matrix(both["A"]), as_matrix(both["B"]), scale, kernel=both["A"].shape[2:])
         if "bias" in both:  # lora_B's own, which is scaled as its product is
             pairs[f"{module}.bias"] = column(both["bias"], scale)
     return pairs

@@ -166,8 +166,8 @@ class _Seen:
 
 def _look(module: str, expected: Pair, stored: Pair, claims: Claims, least: _Least) -> _Seen:
     cut = module in claims.errors
-    (out, rank, inner), (out_stored, rank_stored, inner_stored) = expected.shape, stored.shape
-    fitting = (out, inner) == (out_stored, inner_stored) and (rank_stored <= rank if cut else rank_stored == rank)
+    rank, rank_stored = expected.shape[1], stored.shape[1]
+    fitting = expected.fits(stored) and (rank_stored <= rank if cut else rank_stored == rank)
     if not fitting or not _right_dtypes(expected, stored, claims):
         return _Seen(module, cut, (NAMES,))
     if cut:
