@@ -100,7 +100,7 @@ def test_a_kernel_that_was_turned_does_not_pass_the_proof(
     right = products.with_kernel
     monkeypatch.setattr(products, "with_kernel", turned)
     monkeypatch.setattr(approximating, "with_kernel", turned)
-    with pytest.raises(ProofFailed, match="shape"):
+    with pytest.raises(ProofFailed, match=r"shape|size"):
         loraconv.convert(tmp_path / "a.safetensors", out=tmp_path / "wrong", to="peft", family="wan", **options)
 
 
@@ -110,6 +110,16 @@ def test_a_kernel_of_another_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError) as caught:
         loraconv.fuse(tmp_path / "in" / "lycoris.safetensors", base=tmp_path / "base", out=tmp_path / "out")
     assert caught.value.slug == "base-mismatch"
+
+
+@pytest.mark.parametrize("kind", ["locon", "tucker"])
+@pytest.mark.parametrize("options", [{}, {"approximate": "svd", "rank": 4}], ids=["as it is", "approximated"])
+def test_a_format_for_linear_layers_does_not_get_it(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    saved(kind, tmp_path / "in")
+    with pytest.raises(FormatError) as caught:
+        loraconv.convert(tmp_path / "in" / "lycoris.safetensors", out=tmp_path / "out", to="diffsynth", **options)
+    assert caught.value.slug == "cannot-carry"
+    assert "--to comfyui" in caught.value.hint
 
 
 class Patches(torch.nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from math import prod
 
 from loraconv.detect import Detected, factor_key
@@ -15,6 +16,7 @@ from loraconv.errors import CorruptCheckpoint, FormatError
 from loraconv.lazy import Joined, Lazy, TensorRef
 from loraconv.names import FLOAT_DTYPES, fold_names, printable
 from loraconv.rules import fill
+from loraconv.scale import tuner_scale
 from loraconv.source import Source
 
 _LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
@@ -38,12 +40,14 @@ _BESIDE = _BIASES | {"alpha", "magnitude"}
 
 @dataclass(frozen=True, slots=True)
 class Special:
-    """A module: its name in the file, the diffusers modules whose rows it has, its kind, and its tensors by side."""
+    """A module: its name in the file, the diffusers modules whose rows it has, its kind, and its tensors by side.
+    ``told`` are alpha and rank where settings have them and no tensor."""
 
     module: str
     targets: tuple[str, ...]
     kind: str
     tensors: Mapping[str, TensorRef]
+    told: tuple[Fraction, int] | None = None
 
     @property
     def has_magnitude(self) -> bool:
@@ -116,7 +120,13 @@ def read_specials(source: Source, detected: Detected) -> list[Special]:
         if key.side in sides or (key.side != "alpha" and ref.dtype not in FLOAT_DTYPES):
             raise _unfit(name, "it is there twice" if key.side in sides else f"its dtype is {ref.dtype}")
         sides[key.side] = ref
-    return [Special(module, _targets(detected, module), _kind(module, sides), sides) for module, sides in found.items()]
+    return [_special(source, detected, module, sides) for module, sides in found.items()]
+
+
+def _special(source: Source, detected: Detected, module: str, sides: Mapping[str, TensorRef]) -> Special:
+    kind = _kind(module, sides)
+    told = tuner_scale(source, detected, module) if kind.startswith(("LoHa", "LoKr")) else None
+    return Special(module, _targets(detected, module), kind, sides, told)
 
 
 def row_magnitudes(one: Special, detected: Detected) -> dict[str, Lazy]:

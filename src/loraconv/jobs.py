@@ -131,6 +131,9 @@ def _special_job(
         )
     refuse_rest(source, detected)
     notices = _nonfinite_notices(source, check_tensors(t for one in specials for t in one.floats).nonfinite, options)
+    kernels = any(one.kernel for one in specials) and not target.convolutions
+    if how is not None and kernels:
+        raise _cannot_carry(source, specials, target)
     if how is not None:
         dtype = options.dtype_name or "F32"
         made = approximate(specials, detected, how, alpha, dtype)
@@ -147,7 +150,7 @@ def _special_job(
     renamed = None if alpha is not None else plan_renamed(source, detected, specials, target)
     if renamed is not None:
         return Job(renamed, "", {"alpha": None}), notices
-    if plain:
+    if plain and not kernels:
         adapter = read_kernels(source, detected, specials, alpha=alpha, strict=options.strict)
         plan = plan_adapter(adapter, target, detected.family, alike=detected.alike, scale_in=options.scale_in)
         folded = not target.every_consumer_reads_alpha and folds(adapter.factors, target, options.scale_in)
@@ -160,7 +163,8 @@ def _special_job(
 
 def _cannot_carry(source: Source, specials: Sequence[Special], target: Dialect) -> FormatError:
     only = [one for one in specials if not one.is_dora or one.has_magnitude]
-    near = all(one.can_be_approximated for one in specials)
+    kernels = any(one.kernel for one in specials) and not target.convolutions
+    near = all(one.can_be_approximated for one in specials) and not kernels
     way = f"--to {target.name} --approximate svd --max-error 1e-3" if near else "--to comfyui"
     dora = "the magnitudes of DoRA normalise the sum of weight and delta; its consumers would leave them out"
     pairs = "its files hold pairs of factors for linear layers, or divide the rows of these modules otherwise"

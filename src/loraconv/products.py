@@ -37,7 +37,10 @@ def ranges(one: Special, detected: Detected) -> Iterator[tuple[str, tuple[tuple[
 
 
 def scale_of(one: Special, alpha: Fraction | None) -> Scale:
-    """``alpha / rank``, as LyCORIS stores alpha; 1 for a full difference and for a LoKr of two whole matrices."""
+    """``alpha / rank``, as LyCORIS stores alpha; 1 for a full difference and for its LoKr of two whole matrices."""
+    if one.told is not None:
+        told, rank = one.told
+        return Scale(told if alpha is None else alpha, rank, "--alpha" if alpha is not None else "adapter_config.json")
     named = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
     factor = next((one.tensors[side] for side in named if side in one.tensors), None)
     if factor is None:
