@@ -69,6 +69,47 @@ def test_a_module_with_a_tensor_missing_is_refused(kind: str, end: str, tmp_path
     assert caught.value.slug == "factor-missing"
 
 
+MISFITS: dict[str, dict[str, tuple[int, ...]]] = {
+    "ranks of LoHa": {"hada_w1_a": (24, 2), "hada_w1_b": (3, 16), "hada_w2_a": (24, 2), "hada_w2_b": (2, 16)},
+    "rows of LoHa": {"hada_w1_a": (24, 2), "hada_w1_b": (2, 16), "hada_w2_a": (20, 2), "hada_w2_b": (2, 16)},
+    "dimensions of LoHa": {"hada_w1_a": (24,), "hada_w1_b": (2, 16), "hada_w2_a": (24, 2), "hada_w2_b": (2, 16)},
+    "nothing in it": {"hada_w1_a": (24, 0), "hada_w1_b": (0, 16), "hada_w2_a": (24, 2), "hada_w2_b": (2, 16)},
+    "cores of LoHa": {
+        **{"hada_w1_a": (2, 24), "hada_w1_b": (2, 16), "hada_t1": (2, 2, 3, 3)},
+        **{"hada_w2_a": (2, 24), "hada_w2_b": (2, 16), "hada_t2": (2, 2, 3, 1)},
+    },
+    "ranks of LoKr": {"lokr_w1": (4, 4), "lokr_w2_a": (6, 2), "lokr_w2_b": (3, 4)},
+    "dimensions of LoKr": {"lokr_w1": (4,), "lokr_w2": (6, 4)},
+    "core of a LoRA": {
+        "lora_down.weight": (2, 16, 1, 1),
+        "lora_up.weight": (24, 2, 1, 1),
+        "lora_mid.weight": (2, 3, 3, 3),
+    },
+    "ranks of a convolution": {"lora_down.weight": (2, 16, 3, 3), "lora_up.weight": (24, 3, 1, 1)},
+    "up with a kernel": {"lora_down.weight": (2, 16, 3, 3), "lora_up.weight": (24, 2, 3, 3)},
+    "full": {"diff": (24,)},
+    "bias": {"diff": (24, 16), "diff_b": (23,)},
+    "magnitudes": {"lora_down.weight": (2, 16), "lora_up.weight": (24, 2), "dora_scale": (23, 1)},
+}
+
+
+@pytest.mark.parametrize("shapes", MISFITS.values(), ids=MISFITS)
+def test_tensors_that_do_not_fit_together_are_refused(shapes: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    adapter, base = tmp_path / "a.safetensors", a_base(tmp_path / "base")
+    save_file({f"lora_unet_blocks_0_self_attn_q.{side}": torch.ones(*shape) for side, shape in shapes.items()}, adapter)
+    commands = [
+        lambda: loraconv.convert(adapter, out=tmp_path / "out", to="comfyui"),
+        lambda: loraconv.convert(adapter, out=tmp_path / "out", to="peft", approximate="svd", rank=2),
+        lambda: loraconv.fuse(adapter, base=base, out=tmp_path / "out"),
+        lambda: loraconv.verify(adapter, adapter),
+    ]
+    for command in commands[: 3 if "dora_scale" in shapes else 4]:  # magnitudes are compared apart, as they are
+        with pytest.raises(CorruptCheckpoint) as caught:
+            command()
+        assert caught.value.slug == "factor-shape"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_module_of_two_kinds_is_refused(tmp_path: Path) -> None:
     saved("loha", tmp_path / "in")
     file = tmp_path / "in" / "lycoris.safetensors"

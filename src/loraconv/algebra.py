@@ -34,6 +34,29 @@ KINDS: Mapping[str, tuple[frozenset[str], ...]] = {
     "norm": (frozenset({"w_norm"}),),
     "bias": (frozenset(),),
 }
+#: Kind -> side -> its dimensions, of which those of one letter are equal; behind them ``*`` is the kernel of a
+#: convolution, or nothing, and ``1`` are ones. ``o`` are the rows of the weight, in a LoKr ``p`` times ``s``.
+_SHAPES: Mapping[str, Mapping[str, str]] = {
+    "LoRA": {"down": "ri*", "up": "or1"},
+    "LoRA with a Tucker core": {"down": "ji1", "mid": "rj*", "up": "or1"},
+    "LoHa": {"hada_w1_a": "oa", "hada_w1_b": "an", "hada_w2_a": "ob", "hada_w2_b": "bn"},
+    "LoHa with Tucker cores": {
+        **{"hada_w1_a": "ao", "hada_w1_b": "cn", "hada_t1": "ac*"},
+        **{"hada_w2_a": "bo", "hada_w2_b": "dn", "hada_t2": "bd*"},
+    },
+    "LoKr": {
+        **{"lokr_w1": "pq", "lokr_w1_a": "pa", "lokr_w1_b": "aq"},
+        **{"lokr_w2": "st*", "lokr_w2_a": "sb", "lokr_w2_b": "bt"},
+    },
+    "LoKr with a Tucker core": {
+        **{"lokr_w1": "pq", "lokr_w1_a": "pa", "lokr_w1_b": "aq"},
+        **{"lokr_w2_a": "bs", "lokr_w2_b": "dt", "lokr_t2": "bd*"},
+    },
+    "full": {"diff": "oi*"},
+    "norm": {"w_norm": "o"},
+    "bias": {},
+}
+
 _BIASES = {"diff_b", "b_norm", "bias"}
 _BESIDE = _BIASES | {"alpha", "magnitude"}
 
@@ -125,6 +148,8 @@ def read_specials(source: Source, detected: Detected) -> list[Special]:
 
 def _special(source: Source, detected: Detected, module: str, sides: Mapping[str, TensorRef]) -> Special:
     kind = _kind(module, sides)
+    if kind != "LoRA" or "magnitude" in sides or any(len(sides[side].shape) > 2 for side in ("down", "up")):
+        _check_shapes(module, kind, sides)  # others are looked at as pairs
     told = tuner_scale(source, detected, module) if kind.startswith(("LoHa", "LoKr")) else None
     return Special(module, _targets(detected, module), kind, sides, told)
 
@@ -167,6 +192,39 @@ def count_kinds(specials: Iterable[Special]) -> dict[str, int]:
 def in_words(specials: Iterable[Special]) -> str:
     """The kinds and the number of modules of each, for people."""
     return ", ".join(f"{count} {what}" for what, count in count_kinds(specials).items())
+
+
+def _check_shapes(module: str, kind: str, sides: Mapping[str, TensorRef]) -> None:
+    """Raise :class:`CorruptCheckpoint` where the tensors of a module do not fit together."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    fine = all(_fits(dims, sides[side].shape, sizes) for side, dims in _SHAPES[kind].items() if side in sides)
+    rows = prod(sizes.get("o") or (*sizes.get("p", ()), *sizes.get("s", ())))
+    vectors = [sides[side].shape for side in _BIASES & sides.keys()]
+    fine = fine and all(len(shape) == 1 and (rows == shape[0] or kind == "bias") for shape in vectors)
+    if fine and "magnitude" in sides:
+        shape = sides["magnitude"].shape
+        fine = prod(shape) == rows or (len(shape) > 1 and shape[0] == 1 and prod(shape) > 1)
+    if not fine:
+        raise CorruptCheckpoint(
+            f"the tensors of {printable(module)} do not fit together",
+            why="; ".join(f"{side} is {list(ref.shape)}" for side, ref in sides.items() if side != "alpha"),
+            hint="save the adapter again, or copy it again from where it was trained",
+            slug="factor-shape",
+        )
+
+
+def _fits(dimensions: str, shape: tuple[int, ...], sizes: dict[str, tuple[int, ...]]) -> bool:
+    """True if a shape has these dimensions (see ``_SHAPES``), each of the size that another tensor gave it."""
+    letters = dimensions.rstrip("*1")
+    if len(shape) < len(letters) or 0 in shape:
+        return False
+    rest = shape[len(letters) :]
+    own: list[tuple[str, tuple[int, ...]]] = [(letter, (size,)) for letter, size in zip(letters, shape, strict=False)]
+    if dimensions.endswith("*"):
+        own.append(("*", rest))
+    elif rest and (not dimensions.endswith("1") or set(rest) != {1}):
+        return False
+    return all(sizes.setdefault(name, size) == size for name, size in own)
 
 
 def _targets(detected: Detected, module: str) -> tuple[str, ...]:
