@@ -132,14 +132,19 @@ def test_every_number_of_a_sum_of_loras_is_the_nearest(kind: str, tmp_path: Path
     assert torch.equal(fused(tmp_path, weight, tensors, lora), exact.bfloat16())
 
 
-@pytest.mark.parametrize("by_column", [False, True], ids=["rows", "columns"])
-def test_no_more_than_a_few_blocks_are_in_memory(by_column: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [pytest.param("rows", marks=pytest.mark.slow), "columns", "lokr"])
+def test_no_more_than_a_few_blocks_are_in_memory(kind: str, tmp_path: Path) -> None:
     size = 2048
-    tensors = {"lora_down.weight": torch.ones(4, size), "lora_up.weight": torch.ones(size, 4)}
-    tensors["dora_scale"] = torch.rand((1, size) if by_column else (size, 1)) + 1  # another one in every block of rows
+    if kind == "lokr":
+        tensors = {"lokr_w1": torch.rand(16, 16), "lokr_w2": torch.rand(128, 128)}
+    else:
+        tensors = {"lora_down.weight": torch.ones(4, size), "lora_up.weight": torch.ones(size, 4)}
+        shape = (1, size) if kind == "columns" else (size, 1)
+        tensors["dora_scale"] = torch.rand(shape) + 1  # another one in every block of rows
     weight = torch.randn(size, size).bfloat16()
     tracemalloc.start()
     fused(tmp_path, weight, tensors)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 3 * size * size * 8
+    # The blocks of all threads take two thirds of this, whatever the size; one whole matrix in float64 would be beyond.
+    assert peak < 2.5 * size * size * 8

@@ -98,7 +98,8 @@ class Turned:
     def rows(self, start: int, stop: int) -> Array:
         import numpy as np
 
-        return np.concatenate([self.whole.rows(*ends)[:, start:stop] for ends in _blocks(self.whole.shape)]).T
+        # Copies, for a view would keep the whole block that it is of.
+        return np.concatenate([self.whole.rows(*ends)[:, start:stop].copy() for ends in _blocks(self.whole.shape)]).T
 
 
 def _blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
