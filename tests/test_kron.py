@@ -18,6 +18,7 @@ from loraconv.source import open_source
 from loraconv.verification.adapters import adapter_pairs
 from loraconv.verifier.algebra import cut_rows, dense, special_pairs
 from loraconv.verifier.delta import Grams, compare_module, distance, inner, rows_of, transposed
+from loraconv.verifier.fused.whole import Kron, Turned
 from loraconv.verifier.numbers import Held, Pair, room_of, values
 from loraconv.verifier.spectrum import singular_values
 
@@ -95,6 +96,16 @@ def test_the_room_is_what_the_largest_roundings_of_every_factor_add_up_to(kind: 
     pair, more = special_pairs(sides, None)[""], special_pairs(largest, None)[""]  # type: ignore[arg-type]
     for one, other in ((pair.up, more.up), (pair.down, more.down)):
         assert np.allclose(room_of(one), values(other) - values(one), rtol=1e-5, atol=0)
+
+
+def test_rows_of_a_transpose_keep_no_whole_matrix() -> None:
+    whole = Kron(kron(noise(8, 8), noise(192, 192)))
+    tracemalloc.start()
+    made = Turned(whole).rows(3, 5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(made, np.kron(noise(8, 8), noise(192, 192)).T[3:5])
+    assert peak < 1536 * 1536 * 8 * 0.7
 
 
 SHAPES = {
