@@ -20,6 +20,7 @@ DIFFUSERS = Dialect(
     default_why="diffusers applies scale 1 (alpha = rank) to a file without lora_adapter_metadata, also where the"
     " trainer did not (CogVideo's finetune/ has alpha 64 and rank 128 unless told otherwise, and writes neither)",
     every_consumer_reads_alpha=False,
+    convolutions=True,
     carries=("any module", "a rank for each module", "alpha in the header (read by diffusers 0.34 and later)"),
     cannot_carry=(
         "alpha for consumers that ignore the header: loraconv folds the scale into lora_B",

@@ -31,6 +31,7 @@ KOHYA = Dialect(
     alpha_of_block=(Mark(header="ss_network_args", word='"split_qkv": "true"'),),
     default_alpha="rank",
     default_why="kohya's loaders take alpha = rank where there is no alpha tensor",
+    convolutions=True,
     carries=("any module", "a rank and an alpha for each module", "LoHa, LoKr, full differences, Tucker cores, DoRA"),
     cannot_carry=("rsLoRA as such: its square root is counted into alpha",),
     facts="kohya-ss/sd-scripts networks/lora.py, lora_flux.py; kohya-ss/musubi-tuner networks/lora.py",

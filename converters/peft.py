@@ -5,7 +5,7 @@ configuration, so the factors are kept as they are. Where the model was its own 
 (fal's FLUX Kontext).
 """
 
-from loraconv.rules import PEFT_MORE, Dialect
+from loraconv.rules import PEFT_TUNERS, Dialect
 
 PEFT = Dialect(
     name="peft",
@@ -15,7 +15,7 @@ PEFT = Dialect(
     down="{module}.lora_A.weight",
     up="{module}.lora_B.weight",
     also=(("{module}.lora_A.{adapter}.weight", "{module}.lora_B.{adapter}.weight"),),
-    more=PEFT_MORE,
+    more=PEFT_TUNERS,
     prefixes=("base_model.model.",),
     spellings=("", "original"),
     sidecar="adapter_config.json",
@@ -37,6 +37,7 @@ PEFT = Dialect(
         "task_type": None,
     },
     any_model=True,
+    convolutions=True,
     carries=("any module", "a rank and an alpha for each module", "rsLoRA", "DoRA with a magnitude for each row"),
     cannot_carry=("LoHa, LoKr and full differences in a LoRA's folder: --approximate svd makes the nearest LoRA",),
     facts="huggingface/peft src/peft/tuners/lora, src/peft/utils/save_and_load.py",

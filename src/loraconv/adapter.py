@@ -120,6 +120,8 @@ def _unknown_modules(detected: Detected, strange: list[str], rest: list[str]) ->
     keys = [factor_key(detected.dialect, name) for name in strange]
     modules = dict.fromkeys(key.module for key in keys if key is not None)
     near = _near(next(iter(modules)), detected.naming.names())
+    if all(key is not None and key.side in ("w_norm", "b_norm") for key in keys):
+        near = "differences of norm layers, which have no rank; the modules known here are those of a LoRA"
     return FormatError(
         f"the adapter holds {len(rest)} tensors besides plain LoRA factors of {detected.family.title}'s modules",
         where="; ".join(fold_names(strange)[:4]),
@@ -136,7 +138,9 @@ def _near(name: str, known: list[str]) -> str:
 
 
 def _past(unknown: list[str]) -> str:
-    return f"convert it with --keep-unknown, or with --drop '{printable(unknown[0])}' and so on"
+    norms = all(name.endswith(("w_norm", "b_norm")) for name in unknown)
+    pattern = "*_norm" if norms else printable(unknown[0])
+    return f"convert it with --keep-unknown, or with --drop '{pattern}' and so on"
 
 
 def _keys(detected: Detected) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from math import prod
 
 from loraconv.detect import Detected, factor_key
@@ -15,6 +16,7 @@ from loraconv.errors import CorruptCheckpoint, FormatError
 from loraconv.lazy import Joined, Lazy, TensorRef
 from loraconv.names import FLOAT_DTYPES, fold_names, printable
 from loraconv.rules import fill
+from loraconv.scale import tuner_scale
 from loraconv.source import Source
 
 _LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
@@ -32,18 +34,43 @@ KINDS: Mapping[str, tuple[frozenset[str], ...]] = {
     "norm": (frozenset({"w_norm"}),),
     "bias": (frozenset(),),
 }
+#: Kind -> side -> its dimensions, of which those of one letter are equal; behind them ``*`` is the kernel of a
+#: convolution, or nothing, and ``1`` are ones. ``o`` are the rows of the weight, in a LoKr ``p`` times ``s``.
+_SHAPES: Mapping[str, Mapping[str, str]] = {
+    "LoRA": {"down": "ri*", "up": "or1"},
+    "LoRA with a Tucker core": {"down": "ji1", "mid": "rj*", "up": "or1"},
+    "LoHa": {"hada_w1_a": "oa", "hada_w1_b": "an", "hada_w2_a": "ob", "hada_w2_b": "bn"},
+    "LoHa with Tucker cores": {
+        **{"hada_w1_a": "ao", "hada_w1_b": "cn", "hada_t1": "ac*"},
+        **{"hada_w2_a": "bo", "hada_w2_b": "dn", "hada_t2": "bd*"},
+    },
+    "LoKr": {
+        **{"lokr_w1": "pq", "lokr_w1_a": "pa", "lokr_w1_b": "aq"},
+        **{"lokr_w2": "st*", "lokr_w2_a": "sb", "lokr_w2_b": "bt"},
+    },
+    "LoKr with a Tucker core": {
+        **{"lokr_w1": "pq", "lokr_w1_a": "pa", "lokr_w1_b": "aq"},
+        **{"lokr_w2_a": "bs", "lokr_w2_b": "dt", "lokr_t2": "bd*"},
+    },
+    "full": {"diff": "oi*"},
+    "norm": {"w_norm": "o"},
+    "bias": {},
+}
+
 _BIASES = {"diff_b", "b_norm", "bias"}
 _BESIDE = _BIASES | {"alpha", "magnitude"}
 
 
 @dataclass(frozen=True, slots=True)
 class Special:
-    """A module: its name in the file, the diffusers modules whose rows it has, its kind, and its tensors by side."""
+    """A module: its name in the file, the diffusers modules whose rows it has, its kind, and its tensors by side.
+    ``told`` are alpha and rank where settings have them and no tensor."""
 
     module: str
     targets: tuple[str, ...]
     kind: str
     tensors: Mapping[str, TensorRef]
+    told: tuple[Fraction, int] | None = None
 
     @property
     def has_magnitude(self) -> bool:
@@ -78,9 +105,15 @@ class Special:
         return any(len(ref.shape) > 2 for ref in self.tensors.values() if ref is not self.tensors.get("magnitude"))
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """The sizes of a convolution's kernel; empty for a linear layer, and where no tensor has them."""
+        sides = ("mid", "hada_t1", "lokr_t2", "lokr_w2", "diff", "down")
+        return next((self.tensors[side].shape[2:] for side in sides if side in self.tensors), ())
+
+    @property
     def can_be_approximated(self) -> bool:
-        """True if a LoRA on a linear layer can be near to it."""
-        return not (self.has_magnitude or self.has_vectors or self.is_convolution)
+        """True if a LoRA can be near to it."""
+        return not (self.has_magnitude or self.has_vectors)
 
     @property
     def floats(self) -> list[TensorRef]:
@@ -110,7 +143,15 @@ def read_specials(source: Source, detected: Detected) -> list[Special]:
         if key.side in sides or (key.side != "alpha" and ref.dtype not in FLOAT_DTYPES):
             raise _unfit(name, "it is there twice" if key.side in sides else f"its dtype is {ref.dtype}")
         sides[key.side] = ref
-    return [Special(module, _targets(detected, module), _kind(module, sides), sides) for module, sides in found.items()]
+    return [_special(source, detected, module, sides) for module, sides in found.items()]
+
+
+def _special(source: Source, detected: Detected, module: str, sides: Mapping[str, TensorRef]) -> Special:
+    kind = _kind(module, sides)
+    if kind != "LoRA" or "magnitude" in sides or any(len(sides[side].shape) > 2 for side in ("down", "up")):
+        _check_shapes(module, kind, sides)  # others are looked at as pairs
+    told = tuner_scale(source, detected, module) if kind.startswith(("LoHa", "LoKr")) else None
+    return Special(module, _targets(detected, module), kind, sides, told)
 
 
 def row_magnitudes(one: Special, detected: Detected) -> dict[str, Lazy]:
@@ -151,6 +192,39 @@ def count_kinds(specials: Iterable[Special]) -> dict[str, int]:
 def in_words(specials: Iterable[Special]) -> str:
     """The kinds and the number of modules of each, for people."""
     return ", ".join(f"{count} {what}" for what, count in count_kinds(specials).items())
+
+
+def _check_shapes(module: str, kind: str, sides: Mapping[str, TensorRef]) -> None:
+    """Raise :class:`CorruptCheckpoint` where the tensors of a module do not fit together."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    fine = all(_fits(dims, sides[side].shape, sizes) for side, dims in _SHAPES[kind].items() if side in sides)
+    rows = prod(sizes.get("o") or (*sizes.get("p", ()), *sizes.get("s", ())))
+    vectors = [sides[side].shape for side in _BIASES & sides.keys()]
+    fine = fine and all(len(shape) == 1 and (rows == shape[0] or kind == "bias") for shape in vectors)
+    if fine and "magnitude" in sides:
+        shape = sides["magnitude"].shape
+        fine = prod(shape) == rows or (len(shape) > 1 and shape[0] == 1 and prod(shape) > 1)
+    if not fine:
+        raise CorruptCheckpoint(
+            f"the tensors of {printable(module)} do not fit together",
+            why="; ".join(f"{side} is {list(ref.shape)}" for side, ref in sides.items() if side != "alpha"),
+            hint="save the adapter again, or copy it again from where it was trained",
+            slug="factor-shape",
+        )
+
+
+def _fits(dimensions: str, shape: tuple[int, ...], sizes: dict[str, tuple[int, ...]]) -> bool:
+    """True if a shape has these dimensions (see ``_SHAPES``), each of the size that another tensor gave it."""
+    letters = dimensions.rstrip("*1")
+    if len(shape) < len(letters) or 0 in shape:
+        return False
+    rest = shape[len(letters) :]
+    own: list[tuple[str, tuple[int, ...]]] = [(letter, (size,)) for letter, size in zip(letters, shape, strict=False)]
+    if dimensions.endswith("*"):
+        own.append(("*", rest))
+    elif rest and (not dimensions.endswith("1") or set(rest) != {1}):
+        return False
+    return all(sizes.setdefault(name, size) == size for name, size in own)
 
 
 def _targets(detected: Detected, module: str) -> tuple[str, ...]:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from loraconv.adapter import Adapter, Factor, natural
 from loraconv.algebra import Special, in_words
+from loraconv.deltas import Known, Matrix, matrices, order_of
 from loraconv.detect import Detected
 from loraconv.errors import FormatError
-from loraconv.lazy import read
 from loraconv.names import fold_names, printable
-from loraconv.products import parts, scale_of
+from loraconv.products import ranges, scale_of, with_kernel
 from loraconv.scale import Scale
 from loraconv.truncation import Cut, Wanted, norm, rounding, stored, tails
 
@@ -47,7 +47,8 @@ def approximate(
         for module, whole in _modules(one, detected, alpha):
             made = _cut(whole, how, dtype, module)
             rank = made.down.shape[0]
-            factors.append(Factor(module, made.down, made.up, Scale(Fraction(rank), rank, "computed at scale 1")))
+            scale = Scale(Fraction(rank), rank, "computed at scale 1")
+            factors.append(with_kernel(Factor(module, made.down, made.up, scale), one.kernel))
             errors[module] = made.error
     factors.sort(key=lambda factor: natural(factor.module))
     worst = max(errors, key=lambda module: errors[module])
@@ -60,14 +61,12 @@ def approximate(
 
 
 def _refuse(specials: Sequence[Special]) -> None:
-    """Raise for what a LoRA on a linear layer is not near to."""
+    """Raise for what no LoRA is near to."""
     dora = [one.module for one in specials if one.has_magnitude]
     vectors = [one.module for one in specials if one.has_vectors]
-    convolutions = [one.module for one in specials if one.is_convolution]
     for wrong, what, hint in (
         (dora, "DoRA normalises the sum of weight and delta, which no LoRA does", "--to peft or --to kohya"),
         (vectors, "a bias or a norm has no rank", "--to comfyui or --to kohya"),
-        (convolutions, "it is on a convolution; only linear layers are converted", "--to comfyui or --to kohya"),
     ):
         if wrong:
             raise FormatError(
@@ -91,18 +90,19 @@ class Decomposed:
 def _modules(one: Special, detected: Detected, alpha: Fraction | None) -> Iterator[tuple[str, Decomposed]]:
     """The diffusers modules whose rows a module has, and the delta of each."""
     scale = scale_of(one, alpha).value
-    if one.kind == "LoKr" and len(one.targets) == 1:
-        yield one.targets[0], _scaled(_kron(_part(one, "lokr_w1"), _part(one, "lokr_w2")), scale)
-        return
-    for module, up, down in parts(one, detected):
-        yield module, _scaled(_svd(up @ down) if one.kind == "full" else _factored(up, down), scale)
+    left, right, kron = matrices(one)
+    for module, rows in ranges(one, detected):
+        if kron and right is not None and len(one.targets) == 1:
+            found = _kron(_matrix(left), _matrix(right))
+        else:
+            known = Known(left, right, kron, order_of(rows))
+            product = known.factors()
+            found = _svd(known.block(slice(None))[0]) if product is None else _factored(*product)
+        yield module, _scaled(found, scale)
 
 
-def _part(one: Special, side: str) -> Decomposed:
-    """One of the two matrices of a LoKr."""
-    if side in one.tensors:
-        return _svd(read(one.tensors[side]))
-    return _factored(read(one.tensors[f"{side}_a"]), read(one.tensors[f"{side}_b"]))
+def _matrix(matrix: Matrix) -> Decomposed:
+    return _svd(matrix.up) if matrix.down is None else _factored(matrix.up, matrix.down)
 
 
 def _svd(matrix: Array) -> Decomposed:

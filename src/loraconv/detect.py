@@ -12,6 +12,7 @@ from loraconv.errors import FormatError
 from loraconv.lazy import nbytes
 from loraconv.names import fold_names, once_a_layer, printable
 from loraconv.naming import Naming, namings
+from loraconv.other_kinds import refuse_other_kinds
 from loraconv.registry import dialects, families
 from loraconv.rules import Dialect, Family, Mark, Spelling, fill, match
 from loraconv.source import Source
@@ -120,8 +121,9 @@ FAMILY_KEY = "loraconv.family"
 def detect(source: Source, family: str | None = None) -> Detected:
     """The best reading of the source's keys. ``family`` (a name) decides between models that have the same names.
 
-    Raises :class:`FormatError` (unknown, ambiguous, no such family, or not one that the names fit).
+    Raises :class:`FormatError` (unknown, ambiguous, no such family, or not one that the names fit; no kind of LoRA).
     """
+    refuse_other_kinds(source.path, source.tensors)
     readings = _readings(source, once_a_layer(source.tensors))
     if not readings:
         return _detect_parts(source)

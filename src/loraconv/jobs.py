@@ -22,6 +22,7 @@ from loraconv.names import DTYPE_WORDS, fold_names, printable, quoted
 from loraconv.notices import left_behind, nearest_notices
 from loraconv.plan import Plan, ScaleIn, folds, plan_adapter
 from loraconv.plan_base import plan_base
+from loraconv.products import read_kernels
 from loraconv.registry import dialect
 from loraconv.renaming import plan_dora, plan_renamed
 from loraconv.rules import Dialect
@@ -133,6 +134,9 @@ def _special_job(
         )
     refuse_rest(source, detected)
     notices = _nonfinite_notices(source, check_tensors(t for one in specials for t in one.floats).nonfinite, options)
+    kernels = any(one.kernel for one in specials) and not target.convolutions
+    if how is not None and kernels:
+        raise _cannot_carry(source, specials, target)
     if how is not None:
         dtype = options.dtype_name or "F32"
         made = approximate(specials, detected, how, alpha, dtype)
@@ -140,7 +144,8 @@ def _special_job(
         claims = Claims(made.errors, how.error, dtype)
         proof = {"alpha": alpha, "every_consumer": not target.every_consumer_reads_alpha}
         return Job(plan, "", proof, claims=claims), notices
-    if options.dtype is not None or (alpha is not None and not all(one.is_dora for one in specials)):
+    plain = all(one.what == "LoRA" for one in specials)  # some of them on convolutions
+    if options.dtype is not None or (alpha is not None and not (plain or all(one.is_dora for one in specials))):
         raise UsageError(
             f"--dtype and --alpha are for factors, and these keep their bytes: {in_words(specials)}",
             hint="without them, or with --approximate svd --max-error 1e-3",
@@ -148,6 +153,11 @@ def _special_job(
     renamed = None if alpha is not None else plan_renamed(source, detected, specials, target)
     if renamed is not None:
         return Job(renamed, "", {"alpha": None}), notices
+    if plain and not kernels:
+        adapter = read_kernels(source, detected, specials, alpha=alpha, strict=options.strict)
+        plan = plan_adapter(adapter, target, detected.family, alike=detected.alike, scale_in=options.scale_in)
+        folded = not target.every_consumer_reads_alpha and folds(adapter.factors, target, options.scale_in)
+        return Job(plan, "", {"alpha": alpha, "every_consumer": folded}), notices
     if not all(one.is_dora for one in specials) or "magnitude" not in target.more.values() or target.header:
         raise _cannot_carry(source, specials, target)
     dora = plan_dora(source, detected, specials, target, alpha=alpha, strict=options.strict, scale_in=options.scale_in)
@@ -156,7 +166,8 @@ def _special_job(
 
 def _cannot_carry(source: Source, specials: Sequence[Special], target: Dialect) -> FormatError:
     only = [one for one in specials if not one.is_dora or one.has_magnitude]
-    near = all(one.can_be_approximated for one in specials)
+    kernels = any(one.kernel for one in specials) and not target.convolutions
+    near = all(one.can_be_approximated for one in specials) and not kernels
     way = f"--to {target.name} --approximate svd --max-error 1e-3" if near else "--to comfyui"
     dora = "the magnitudes of DoRA normalise the sum of weight and delta; its consumers would leave them out"
     pairs = "its files hold pairs of factors for linear layers, or divide the rows of these modules otherwise"

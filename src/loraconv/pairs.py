@@ -160,12 +160,12 @@ def _block_width(ups: Sequence[Sequence[TensorRef]], rank: int) -> int:
 
 
 def _check_pair(source: Source, module: str, down: TensorRef, up: TensorRef) -> None:
-    if len(down.shape) == 4 and len(up.shape) == 4:
+    if len(down.shape) == len(up.shape) > 2:
         raise FormatError(
             f"the adapter holds a LoRA on a convolution: {printable(module)}",
             where=printable(str(source.path)),
-            why=f"down is {list(down.shape)}, up is {list(up.shape)}; only linear layers are converted",
-            hint="loraconv formats",
+            why=f"down is {list(down.shape)}, up is {list(up.shape)}; this command is for linear layers",
+            hint="loraconv convert and loraconv fuse take it; or leave such modules out first: --drop 'NAME*'",
             slug="not-plain-lora",
         )
     flat = len(down.shape) == 2 and len(up.shape) == 2

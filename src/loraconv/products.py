@@ -1,21 +1,19 @@
-"""What LoHa, LoKr and full differences add, as products of two matrices without a rounding.
-
-A product of two float32 numbers fits into a float64, so the factors of a LoHa or LoKr, multiplied each with each, are
-exact, and a fusion can round the sum of weight and delta once.
-"""
+"""What a fusion adds for modules that are more than a pair of factors: each as it is read, with its scale."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from loraconv.adapter import Adapter, Factor, natural, read_adapter, refuse_rest
 from loraconv.algebra import Special, in_words, row_magnitudes
+from loraconv.deltas import Delta, size_of
 from loraconv.detect import Detected
 from loraconv.errors import FormatError
-from loraconv.lazy import InMemory, TensorRef, encode, read
+from loraconv.lazy import InMemory, TensorRef, Viewed, Zeros, encode, read
 from loraconv.names import fold_names
 from loraconv.scale import ALPHA_TENSORS, Scale, alpha_in
 from loraconv.source import Source
@@ -26,52 +24,23 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
-def product(one: Special) -> tuple[Array, Array]:
-    """``(up, down)`` in float64 whose product is the delta of a linear layer, not scaled."""
-    import numpy as np
-
-    if one.kind == "LoHa":
-        w1a, w1b, w2a, w2b = (read(one.tensors[f"hada_{side}"]) for side in ("w1_a", "w1_b", "w2_a", "w2_b"))
-        up = np.einsum("oi,oj->oij", w1a, w2a).reshape(len(w1a), -1)
-        return up, np.einsum("in,jn->ijn", w1b, w2b).reshape(-1, w1b.shape[1])
-    if one.kind == "LoKr":
-        (left, right), (other_left, other_right) = (_two(one, side) for side in ("lokr_w1", "lokr_w2"))
-        return np.kron(left, other_left), np.kron(right, other_right)
-    if one.kind == "full":
-        return _with_identity(read(one.tensors["diff"]))
-    return read(one.tensors["up"]), read(one.tensors["down"])
-
-
-def _two(one: Special, side: str) -> tuple[Array, Array]:
-    """A part of a LoKr as two factors."""
-    if side in one.tensors:
-        return _with_identity(read(one.tensors[side]))
-    return read(one.tensors[f"{side}_a"]), read(one.tensors[f"{side}_b"])
-
-
-def _with_identity(matrix: Array) -> tuple[Array, Array]:
-    import numpy as np
-
-    rows, columns = matrix.shape
-    return (np.eye(rows), matrix) if rows < columns else (matrix, np.eye(columns))
-
-
-def parts(one: Special, detected: Detected) -> Iterator[tuple[str, Array, Array]]:
-    """The diffusers modules whose rows a module has, and the two matrices of each."""
-    import numpy as np
-
+def ranges(one: Special, detected: Detected) -> Iterator[tuple[str, tuple[tuple[int, int], ...]]]:
+    """The diffusers modules whose rows a module has, and the ranges of rows of each."""
     found = detected.naming.find(one.module)
     assert found is not None
-    up, down = product(one)
-    pieces = found[0].pieces(up.shape[0], down.shape[1])
-    chunks = np.split(up, sum(map(len, pieces)))
+    rows, columns = size_of(one)
+    pieces = found[0].pieces(rows, columns)
+    chunk = rows // sum(map(len, pieces))
     for module, own in zip(one.targets, pieces, strict=True):
         if own:
-            yield module, np.concatenate([chunks[n] for n in own]), down
+            yield module, tuple((n * chunk, (n + 1) * chunk) for n in own)
 
 
 def scale_of(one: Special, alpha: Fraction | None) -> Scale:
-    """``alpha / rank``, as LyCORIS stores alpha; 1 for a full difference and for a LoKr of two whole matrices."""
+    """``alpha / rank``, as LyCORIS stores alpha; 1 for a full difference and for its LoKr of two whole matrices."""
+    if one.told is not None:
+        told, rank = one.told
+        return Scale(told if alpha is None else alpha, rank, "--alpha" if alpha is not None else "adapter_config.json")
     named = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
     factor = next((one.tensors[side] for side in named if side in one.tensors), None)
     if factor is None:
@@ -87,17 +56,18 @@ def scale_of(one: Special, alpha: Fraction | None) -> Scale:
 def read_products(
     source: Source, detected: Detected, specials: Sequence[Special], *, alpha: Fraction | None, strict: bool
 ) -> Adapter:
-    """The adapter as exact products in F64; what it adds to a bias is a module of the bias' own name.
+    """The adapter as a fusion takes it: a :class:`Delta` is the ``up`` of what is no pair of factors, beside a ``down``
+    of no rows; what it adds to a bias is a module of the bias' own name.
 
-    Raises :class:`FormatError` for convolutions and norms.
+    Raises :class:`FormatError` for norms, and for magnitudes of columns where a module is several in diffusers.
     """
     refuse_rest(source, detected)
-    wrong = [one for one in specials if one.is_convolution or one.kind == "norm" or _splits_columns(one)]
+    wrong = [one for one in specials if one.kind == "norm" or _splits_columns(one)]
     if wrong:
         raise FormatError(
             f"this cannot be fused: {in_words(wrong)}",
             where="; ".join(fold_names(one.module for one in wrong)[:4]),
-            why="only linear layers are fused, and magnitudes of columns only to the weight they were trained on",
+            why="norms are not fused, and magnitudes of columns only to the one linear layer they were trained on",
             hint="loraconv convert ADAPTER -o OUT --to comfyui",
             slug="not-plain-lora",
         )
@@ -110,11 +80,12 @@ def read_products(
 def read_plain(
     source: Source, detected: Detected, pairs: Sequence[Special], *, alpha: Fraction | None, strict: bool
 ) -> Adapter:
-    """The factors of these modules, which are pairs, as if nothing stood beside them; raises what reading them does."""
+    """The factors of these modules, which are pairs, as if nothing stood beside them; those of convolutions as
+    matrices. Raises what reading them does."""
     if not pairs:
         return Adapter(())
     own = {t.name for one in pairs for side, t in one.tensors.items() if side in ("down", "up", "alpha")}
-    tensors = {name: ref for name, ref in source.tensors.items() if name in own}
+    tensors = {name: _as_matrix(ref) for name, ref in source.tensors.items() if name in own}
     config = None if source.config is None else {**source.config, "use_dora": False, "lora_bias": False}
     factors, alphas = ([n for n in names if n in own] for names in (detected.ledger.factors, detected.ledger.alphas))
     ledger = replace(detected.ledger, factors=factors, alphas=alphas, more=[])
@@ -122,8 +93,35 @@ def read_plain(
     return read_adapter(alone, replace(detected, ledger=ledger), alpha=alpha, strict=strict)
 
 
+def read_kernels(
+    source: Source, detected: Detected, pairs: Sequence[Special], *, alpha: Fraction | None, strict: bool
+) -> Adapter:
+    """The factors of LoRAs, those of convolutions in the shapes of kernels: down (rank, in, height, width), up
+    (out, rank, 1, 1)."""
+    plain, kernels = read_plain(source, detected, pairs, alpha=alpha, strict=strict), _kernels(pairs)
+    return replace(plain, factors=tuple(with_kernel(factor, kernels[factor.module]) for factor in plain.factors))
+
+
+def _kernels(pairs: Sequence[Special]) -> dict[str, tuple[int, ...]]:
+    return {target: one.kernel for one in pairs for target in one.targets}
+
+
+def with_kernel(factor: Factor, kernel: tuple[int, ...]) -> Factor:
+    """The factors, which are matrices, in the shapes that a LoRA of a convolution has; as they are without a kernel."""
+    if not kernel:
+        return factor
+    (rank, columns), rows = factor.down.shape, factor.up.shape[0]
+    down = Viewed(factor.down, (rank, columns // prod(kernel), *kernel))
+    return replace(factor, down=down, up=Viewed(factor.up, (rows, rank, *(1 for _ in kernel))))
+
+
+def _as_matrix(ref: TensorRef) -> TensorRef:
+    whole = len(ref.shape) > 2 and ref.strides is None
+    return replace(ref, shape=(ref.shape[0], prod(ref.shape[1:]))) if whole else ref
+
+
 def _splits_columns(one: Special) -> bool:
-    return one.has_magnitude and one.by_column and len(one.targets) > 1
+    return one.has_magnitude and one.by_column and (len(one.targets) > 1 or one.is_convolution)
 
 
 def _factors(one: Special, detected: Detected, plain: Mapping[str, Factor], alpha: Fraction | None) -> Iterator[Factor]:
@@ -134,7 +132,9 @@ def _factors(one: Special, detected: Detected, plain: Mapping[str, Factor], alph
         made = []
     else:
         scale = scale_of(one, alpha)
-        made = [Factor(m, _held(down), _held(up), scale) for m, up, down in parts(one, detected)]
+        columns = size_of(one)[1]
+        none = Zeros("F64", (0, columns))
+        made = [Factor(module, none, Delta(one, rows, columns), scale) for module, rows in ranges(one, detected)]
     yield from (replace(factor, magnitude=magnitudes.get(factor.module)) for factor in made)
     vector = one.tensors.get("diff_b", one.tensors.get("bias"))
     if vector is not None:

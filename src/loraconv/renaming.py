@@ -14,7 +14,7 @@ from fractions import Fraction
 from loraconv.algebra import Special, row_magnitudes
 from loraconv.detect import FAMILY_KEY, Detected
 from loraconv.errors import FormatError
-from loraconv.lazy import Joined, Lazy, Rows, Viewed
+from loraconv.lazy import Joined, Lazy, Number, Rows, Viewed, read
 from loraconv.names import fold_names
 from loraconv.naming import Naming
 from loraconv.plan import Output, Plan, PlannedFile, ScaleIn, plan_adapter, proof_claim
@@ -33,7 +33,9 @@ def plan_renamed(source: Source, detected: Detected, specials: Sequence[Special]
     modules = [module for one in specials for module in one.targets]
     family = family_for(modules, target, (detected.family, *detected.alike))
     naming = naming_for(target, family)
-    if not (detected.dialect.alpha and target.alpha) or not sides <= set(target.more.values()):
+    alphas = {one.module: _alpha(one) for one in specials if one.told is not None}
+    told = bool(detected.dialect.alpha) or (len(alphas) == len(specials) and None not in alphas.values())
+    if not (told and target.alpha) or not sides <= set(target.more.values()):
         return None
     outputs: list[Output] = []
     for one in specials:
@@ -41,10 +43,25 @@ def plan_renamed(source: Source, detected: Detected, specials: Sequence[Special]
         if name is None:
             return None
         outputs += [Output(_spelled(target, name, side), tensor, "copied") for side, tensor in one.tensors.items()]
+        number = alphas.get(one.module)
+        if number is not None:
+            outputs.append(Output(_spelled(target, name, "alpha"), number, "copied"))
     metadata = {"format": "pt", **_kept(source), **proof_claim(outputs)}
     if not detected.alike:
         metadata[FAMILY_KEY] = family.name
     return Plan(target, (PlannedFile(target.file, tuple(outputs), metadata),), {}, (), ())
+
+
+def _alpha(one: Special) -> Number | None:
+    """The alpha tensor that gives a module the scale of its settings; None where there is none, as LyCORIS leaves alpha
+    out of a LoKr of two whole matrices."""
+    assert one.told is not None
+    told, rank = one.told
+    factor = next((one.tensors[side] for side in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if side in one.tensors), None)
+    alpha = told * (1 if factor is None else factor.shape[0]) / rank
+    held = Number(float(alpha), "F32")
+    exact = Fraction(float(read(held))) == alpha
+    return held if exact and (factor is not None or alpha == 1) else None
 
 
 def _kept(source: Source) -> dict[str, str]:

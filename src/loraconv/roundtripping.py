@@ -20,7 +20,7 @@ from loraconv.source import open_source
 from loraconv.verification.adapters import AdaptersResult, adapter_pairs, verify_adapters
 from loraconv.verification.result import VerifyResult
 from loraconv.verifier.diagnosis import Finding, addressed, finding
-from loraconv.verifier.numbers import Held, Pair, Tensor, same_bytes, same_numbers, values
+from loraconv.verifier.numbers import Computed, Held, Pair, Tensor, same_bytes, same_numbers, values
 from loraconv.verifier.proof import Proof, caught
 
 
@@ -144,7 +144,7 @@ def _compare(src: str | Path, end: str | Path, own: str, alpha: float | None, ho
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """The same bytes; of what was computed from several ranks, the same numbers."""
-    if isinstance(one, Held) or isinstance(other, Held):
+    if isinstance(one, Held | Computed) or isinstance(other, Held | Computed):
         return one.dtype == other.dtype and same_numbers(values(one), values(other))
     return same_bytes(one, other)
 

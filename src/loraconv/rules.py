@@ -18,6 +18,7 @@ from loraconv.io.run_folder import RunLayout
 __all__ = [
     "LYCORIS",
     "PEFT_MORE",
+    "PEFT_TUNERS",
     "Blocks",
     "By",
     "Dialect",
@@ -499,6 +500,13 @@ PEFT_MORE: Mapping[str, str] = {
     "lora_B.default.bias": "bias",
 }
 
+#: What peft's folders have besides a LoRA's factors: those of its LoHa and LoKr, whose alpha is in the settings
+#: (huggingface/peft ``tuners/loha/layer.py``, ``tuners/lokr/layer.py``).
+PEFT_TUNERS: Mapping[str, str] = {
+    **PEFT_MORE,
+    **{end: side for end, side in LYCORIS.items() if end.startswith(("hada_", "lokr_"))},
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Mark:
@@ -536,8 +544,9 @@ class Dialect:
     so that the scale has to be folded into ``up``.
 
     Kin. ``any_model`` is true where the format is for any model, and not only for the components of image and video
-    pipelines. A dialect that is a ``variant_of`` another has the same keys and is told from it by one of its ``marks``.
-    ``read_only`` says why a dialect is not written, and what to write instead.
+    pipelines; ``convolutions`` where its consumers take pairs of factors of convolutions, down with the kernel and up
+    (out, rank, 1, 1). A dialect that is a ``variant_of`` another has the same keys and is told from it by one of its
+    ``marks``. ``read_only`` says why a dialect is not written, and what to write instead.
     """
 
     name: str
@@ -574,6 +583,7 @@ class Dialect:
     default_why: str = ""
     every_consumer_reads_alpha: bool = True
     any_model: bool = False
+    convolutions: bool = False
     variant_of: str = ""
     marks: tuple[Mark, ...] = ()
     read_only: str = ""

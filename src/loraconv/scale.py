@@ -298,6 +298,27 @@ def _tensor_claims(source: Source, detected: Detected) -> list[Teller]:
     return [lambda module: told.get(module, Claim(ALPHA_TENSORS, None, None))] if told else []
 
 
+def tuner_scale(source: Source, detected: Detected, module: str) -> tuple[Fraction, int] | None:
+    """Alpha and rank of one module of peft's LoHa or LoKr, by its settings, where the scale is ``alpha / r`` whatever
+    the shapes; None in a format with alpha tensors.
+
+    Raises :class:`FormatError` where the settings are missing, and :class:`CorruptCheckpoint` for senseless ones.
+    """
+    if detected.dialect.alpha:
+        return None
+    where, config = detected.dialect.sidecar, source.config or {}
+    told = _place(where, {**config, "lora_alpha": config.get("alpha")})(module)
+    if told.alpha is None or told.rank is None:
+        raise FormatError(
+            f"the scale of this adapter is not known: {where} says no alpha and r",
+            where=printable(str(source.path)),
+            why="peft's LoHa and LoKr have no alpha in their tensors",
+            hint=f"put the {where} that was saved with it beside it",
+            slug="alpha-unknown",
+        )
+    return number(told.alpha, where), told.rank
+
+
 def alpha_in(tensor: TensorRef) -> Fraction:
     """The alpha that a tensor holds; raises :class:`CorruptCheckpoint` for none, and one that cannot be meant."""
     return number(_number_in(tensor), f"{tensor.file.shown}, {printable(tensor.name)}")

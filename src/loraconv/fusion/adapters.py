@@ -14,6 +14,7 @@ from pathlib import Path
 
 from loraconv.adapter import Adapter, read_adapter
 from loraconv.algebra import specials_in
+from loraconv.deltas import Delta
 from loraconv.detect import Detected, detect
 from loraconv.errors import FormatError, UsageError
 from loraconv.health import Health, check_adapter, check_copies, check_tensors, nonfinite_error
@@ -159,13 +160,16 @@ def _health_notices(path: Path, adapter: Adapter, health: Health) -> list[str]:
 def _is_zero(used: Used) -> bool:
     from loraconv.health import is_zero
 
-    return all(is_zero(factor.up) or is_zero(factor.down) for factor in used.adapter.factors)
+    pairs = [(f.up, f.down) for f in used.adapter.factors]
+    return all(is_zero(up) or (not isinstance(up, Delta) and is_zero(down)) for up, down in pairs)
 
 
 def _digest(adapter: Adapter) -> str:
     digest = hashlib.sha256()
     for factor in adapter.factors:
-        for side in (factor.down, factor.up, *([factor.magnitude] if factor.magnitude is not None else [])):
+        sides = (factor.down, factor.up, *([factor.magnitude] if factor.magnitude is not None else []))
+        # What is computed in float64 is not the same everywhere to the last bit; what it is computed from is.
+        for side in [s for given in sides for s in (given.leaves() if isinstance(given, Delta) else [given])]:
             digest.update(f"{factor.module} {side.dtype} {side.shape} ".encode())
             for piece in side.pieces():
                 digest.update(piece)

@@ -70,6 +70,14 @@ class Factors:
     columns: Array
     exact: tuple[tuple[Array, Array, Fraction], ...]
 
+    def at(self, row: int, column: int) -> Fraction:
+        """One number of the product, exact."""
+        total = Fraction(0)
+        for up, down, factor in self.exact:
+            pairs = zip(up[row].tolist(), down[:, column].tolist(), strict=True)
+            total += factor * sum(Fraction(u) * Fraction(d) for u, d in pairs)
+        return total
+
     def part(self, rows: slice) -> Factors:
         """The factors of some rows of the product."""
         return replace(
@@ -102,8 +110,8 @@ def _values(tensor: Lazy) -> Array:
 
 
 def as_matrix(ref: TensorRef) -> TensorRef:
-    """A vector as a column; any other tensor as it is."""
-    return replace(ref, shape=(*ref.shape, 1)) if len(ref.shape) == 1 else ref
+    """A vector as a column, a kernel as (out, in * height * width)."""
+    return replace(ref, shape=(ref.shape[0], math.prod(ref.shape[1:])))
 
 
 def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -143,7 +151,7 @@ def cast_rows(raw: bytes, ref: TensorRef, dtype: str) -> bytes:
     """Numbers of the base, whose bytes are ``raw``, rounded once to ``dtype``. Raises as :func:`merge_rows` does."""
     made = encode(times(raw, ref.dtype, 1.0), dtype)
     if not all_finite(made, dtype):
-        raise _overflow(ref, dtype)
+        raise overflow(ref, dtype)
     return made
 
 
@@ -163,7 +171,7 @@ def _sum_single(raw: bytes, ref: TensorRef, factors: Factors, dtype: str) -> tup
     doubtful = np.empty(max(0, int(bits.size * _MANY)) + 1, dtype=np.int64)
     count = _rounding.round_sums(raw, ref.dtype, product, error, dtype, bits, doubtful)
     if count < 0:
-        raise _nonfinite(ref)
+        raise nonfinite(ref)
     return bits, doubtful[:count]
 
 
@@ -178,7 +186,7 @@ def _round_sums(raw: bytes, ref: TensorRef, product: Array, error: Array, dtype:
     cut, shift = _NARROW[dtype]
     half, unit = np.int32(1 << (cut - 1)), np.int32(2)
     if not all_finite(raw, ref.dtype):
-        raise _nonfinite(ref)
+        raise nonfinite(ref)
     sums = single(raw, ref.dtype).reshape(ref.shape)
     sums += product
     signs = sums.view(np.int32)
@@ -257,7 +265,7 @@ def _sum_double(base: Array, ref: TensorRef, factors: Factors, dtype: str, at: t
     import numpy as np
 
     if not np.isfinite(base).all():
-        raise _nonfinite(ref)
+        raise nonfinite(ref)
     if at is None:
         sums = factors.up @ factors.down.T
         error = factors.rows[:, None] * factors.columns
@@ -267,35 +275,38 @@ def _sum_double(base: Array, ref: TensorRef, factors: Factors, dtype: str, at: t
     sums += base
     error *= _double_error(factors)
     error += np.abs(sums) * 2.0**-52
-    kind, infinity = _GRID[dtype][2:]
-    low, high = (
-        np.frombuffer(encode(end, dtype), dtype=kind).reshape(sums.shape) for end in (sums - error, sums + error)
-    )
+    infinity = _GRID[dtype][3]
+    low, high = rounded_ends(sums, error, dtype)
     bits = high.copy()
     for index in zip(*np.nonzero((low != high) & np.isfinite(sums)), strict=True):
         row, column = index if at is None else (at[0][index], at[1][index])
-        bits[index] = _exact(base[index], factors, row, column, dtype)
+        bits[index] = nearest(Fraction(float(base[index])) + factors.at(row, column), dtype)
     if ((bits & infinity) == infinity).any():
-        raise _overflow(ref, dtype)
+        raise overflow(ref, dtype)
     return bits
 
 
-def _exact(base: Any, factors: Factors, row: int, column: int, dtype: str) -> int:
-    """The bits of the number of ``dtype`` that is nearest to the exact sum."""
+def rounded_ends(sums: Array, error: Array, dtype: str) -> tuple[Array, Array]:
+    """The bits of ``sums - error`` and of ``sums + error`` in ``dtype``: where they are equal, they are the sum's."""
     import numpy as np
 
-    total = Fraction(float(base))
-    for up, down, factor in factors.exact:
-        pairs = zip(up[row].tolist(), down[:, column].tolist(), strict=True)
-        total += factor * sum(Fraction(u) * Fraction(d) for u, d in pairs)
+    kind = _GRID[dtype][2]
+    low, high = (np.frombuffer(encode(end, dtype), dtype=kind) for end in (sums - error, sums + error))
+    return low.reshape(sums.shape), high.reshape(sums.shape)
+
+
+def nearest(total: Fraction, dtype: str) -> int:
+    """The bits of the number of ``dtype`` that is nearest to an exact one (ties to even)."""
+    import numpy as np
+
     bits, smallest, kind, _ = _GRID[dtype]
     exponent = max(math.frexp(float(total))[1] - bits, smallest)
-    nearest = float(round(total / Fraction(2) ** exponent) * Fraction(2) ** exponent)  # ties to even
-    signed = math.copysign(nearest, -1.0 if total < 0 else 1.0)
+    rounded = float(round(total / Fraction(2) ** exponent) * Fraction(2) ** exponent)
+    signed = math.copysign(rounded, -1.0 if total < 0 else 1.0)
     return int(np.frombuffer(encode(np.array([signed]), dtype), dtype=kind)[0])
 
 
-def _nonfinite(ref: TensorRef) -> CorruptCheckpoint:
+def nonfinite(ref: TensorRef) -> CorruptCheckpoint:
     return CorruptCheckpoint(
         f"the base holds NaN or Inf: {printable(ref.name)}",
         where=ref.file.shown,
@@ -305,7 +316,7 @@ def _nonfinite(ref: TensorRef) -> CorruptCheckpoint:
     )
 
 
-def _overflow(ref: TensorRef, dtype: str) -> CorruptCheckpoint:
+def overflow(ref: TensorRef, dtype: str) -> CorruptCheckpoint:
     word = next(word for word, name in DTYPE_WORDS.items() if name == dtype)
     return CorruptCheckpoint(
         f"the fused numbers of {printable(ref.name)} are too large for {word}",

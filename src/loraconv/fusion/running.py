@@ -8,11 +8,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from loraconv.fusion.adapters import Used, file_digests
+from loraconv.fusion.changes import predicted
 from loraconv.fusion.llava import Joined
-from loraconv.fusion.merging import Term, stack
+from loraconv.fusion.merging import Term
 from loraconv.fusion.rest import Kept, Listing, refuse_changed
 from loraconv.fusion.result import FusedAdapter, FusedFile, FuseResult
 from loraconv.fusion.shards import Shard
@@ -140,11 +141,7 @@ def _output(folder: OutputFolder, plan: Plan) -> Path:
 
 
 def _write_journal(folder: OutputFolder, plan: Plan, made: Mapping[str, TensorRef]) -> FusedFile:
-    def low_rank(name: str) -> tuple[Any, Any]:
-        factors = stack(plan.terms[name])
-        return factors.up, factors.down.T
-
     from loraconv.journal import write_journal
 
-    file = write_journal(folder, plan.model, made, list(plan.terms), low_rank)
+    file = write_journal(folder, plan.model, made, list(plan.terms), lambda name: predicted(plan.terms[name]))
     return FusedFile(file.path.name, file.size, file.sha256)

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from loraconv.fusion.merging import BLOCK, Factors, Term, as_matrix, blocks, cast_rows, merge_rows, stack
+from loraconv.fusion.changes import Changes, Plain, gather
+from loraconv.fusion.merging import BLOCK, Term, as_matrix, blocks, cast_rows
 from loraconv.fusion.shards import Entry, Shard
 from loraconv.health import compare_crc
 from loraconv.io.atomic import OutputFile, OutputFolder
@@ -95,18 +96,18 @@ def _blocks(
         ref = as_matrix(entry.base)
         if entry.fused:
             # Handed out before the blocks that wait for it, so that some thread is at work on it already.
-            factors = pool.submit(stack, terms[entry.key])
-            yield from (partial(_merged, ref, factors, rows, entry.dtype) for rows in blocks(ref.shape))
+            added = pool.submit(gather, terms[entry.key])
+            yield from (partial(_merged, ref, added, rows, entry.dtype) for rows in blocks(ref.shape))
         else:
             flat = replace(ref, shape=(numel(ref.shape),))
             steps = range(0, flat.shape[0], BLOCK)
             yield from (partial(_cast, flat.rows(at, min(at + BLOCK, flat.shape[0])), entry.dtype) for at in steps)
 
 
-def _merged(ref: TensorRef, factors: Future[Factors], rows: tuple[int, int], dtype: str) -> Block:
+def _merged(ref: TensorRef, added: Future[Plain | Changes], rows: tuple[int, int], dtype: str) -> Block:
     part = ref.rows(*rows)
     raw = part.file.pread(part.offset, nbytes(part))
-    made = merge_rows(raw, part, factors.result().part(slice(*rows)), dtype)
+    made = added.result().merged(raw, part, slice(*rows), dtype)
     return made, crc32(made), crc32(raw)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from loraconv.adapter import natural
+from loraconv.algebra import specials_in
 from loraconv.detect import Detected, detect
 from loraconv.errors import FormatError, ProofFailed
 from loraconv.names import fold_names, printable, quoted
@@ -171,6 +172,7 @@ def adapter_pairs(source: Source, alpha: float | None) -> dict[str, Pair]:
 def _refuse(source: Source, detected: Detected) -> None:
     if not detected.has_factors or source.incomplete:
         raise _not_comparable(source, detected.reason)
+    specials_in(source, detected)  # their shapes
     rest = [*detected.ledger.unknown, *detected.ledger.base] if not detected.dialect.holds_models else []
     if rest:
         raise _not_comparable(source, f"besides plain LoRA factors it holds {'; '.join(fold_names(rest)[:4])}")

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 from loraconv.names import fold_names
 from loraconv.verifier.controls import adapter_controls
-from loraconv.verifier.numbers import Expectation, Held, Outcome, Pair, compare, relative_error, same_bytes
+from loraconv.verifier.delta import held
+from loraconv.verifier.numbers import (
+    Computed,
+    Expectation,
+    Held,
+    Outcome,
+    Pair,
+    compare,
+    relative_error,
+    same_bytes,
+)
 from loraconv.verifier.parallel import in_parallel
 from loraconv.verifier.proof import Check, Proof
 
@@ -66,12 +76,13 @@ def _look(module: str, pair: Pair, stored: Pair) -> _Seen:
     sides = [("down", pair.down, stored.down)]
     if pair.scale == stored.scale:
         sides.append(("up", pair.up, stored.up))
-    kept = [(side, one, two) for side, one, two in sides if not isinstance(one, Held) and not isinstance(two, Held)]
+    made = Held, Computed
+    kept = [(side, one, two) for side, one, two in sides if not isinstance(one, made) and not isinstance(two, made)]
     renamed = [(side, one, two) for side, one, two in kept if one.dtype == two.dtype]
     other = tuple(f"{module}.{side}" for side, one, two in renamed if not same_bytes(one, two))
     if len(renamed) == 2 and not other:
         return _Seen(module, 2, (), Outcome(True, True))
-    return _Seen(module, len(renamed), other, compare(pair, stored))
+    return _Seen(module, len(renamed), other, compare(held(pair), held(stored)))
 
 
 def _names(expected: Expectation, stored: Pairs) -> Check:
@@ -79,7 +90,8 @@ def _names(expected: Expectation, stored: Pairs) -> Check:
     for module in set(expected.pairs) & set(stored):
         pair = stored[module]
         dtypes = (pair.down.dtype, pair.up.dtype)
-        if pair.shape != expected.pairs[module].shape or dtypes != expected.dtypes[module]:
+        own = expected.pairs[module]
+        if pair.shape != own.shape or not pair.fits(own) or dtypes != expected.dtypes[module]:
             wrong.append(module)
     detail = f"missing, unexpected or of another shape: {'; '.join(fold_names(wrong)[:4])}" if wrong else ""
     return Check("L0", "every module, shape and dtype", not wrong, len(expected.pairs), detail=detail)

@@ -1,21 +1,21 @@
 """What modules beyond a pair of factors add to a weight, by LyCORIS' and peft's definitions, as pairs of factors.
 
-Every delta is a product of two matrices if they may be large: that of LoHa has rank r * r, that of LoKr the product of
-the ranks of its two parts, and any matrix is itself times the identity. So one comparison does for all kinds. Kernels
-of convolutions are matrices (out, in * height * width). Written from KohakuBlueleaf/LyCORIS ``lycoris/functional``.
+That of LoHa is a product of rank r * r, LoKr is a Kronecker product, and any matrix is the Kronecker product of the
+number 1 and itself. So one comparison does for all kinds, and none needs a larger matrix than it has. Kernels of
+convolutions are matrices (out, in * height * width). Written from KohakuBlueleaf/LyCORIS ``lycoris/functional``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from math import prod
 from typing import TYPE_CHECKING
 
-from loraconv.lazy import TensorRef
-from loraconv.verifier.numbers import Held, Pair, Tensor, values
+from loraconv.lazy import TensorRef, Viewed
+from loraconv.verifier.numbers import Computed, Held, Pair, Tensor, room_of, values
 
 if TYPE_CHECKING:
     from loraconv.verifier.numbers import Array
@@ -46,39 +46,104 @@ def special_pairs(sides: Sides, alpha: Fraction | None) -> dict[str, Pair]:
     made = {}
     weight = _weight(sides, alpha)
     if weight is not None:
-        made[""] = weight
+        made[""] = replace(weight, kernel=_kernel(sides))
     bias = sides.get("diff_b", sides.get("b_norm"))
     if bias is not None:
         made[".bias"] = column(bias, Fraction(1))
     return made
 
 
-def dora_delta(base: Array, pair: Pair, magnitude: Tensor) -> Array:
-    """``m * (W + delta) / ||W + delta|| - W`` in float64; ``m`` has one number for each row, or, as (1, in), for each
-    column, and the norms go along the other axis."""
-    import numpy as np
-
-    whole, size = base + float(pair.scale) * (values(pair.up) @ values(pair.down)), values(magnitude)
-    if size.ndim > 1 and size.shape[0] == 1 < size.size:
-        return np.asarray(whole / np.sqrt((whole**2).sum(axis=0)) * size.reshape(-1) - base)
-    return np.asarray(whole / np.sqrt((whole**2).sum(axis=1))[:, None] * size.reshape(-1, 1) - base)
-
-
 def column(vector: TensorRef, scale: Fraction | float) -> Pair:
     """A vector times ``scale`` as the product of a column and the number 1."""
+    return Pair(_one(vector.dtype), _shaped(vector, (vector.shape[0], 1)), scale)
+
+
+def dense(delta: Tensor, scale: Fraction | float = Fraction(1)) -> Pair:
+    """A matrix times ``scale``, as the Kronecker product of the number 1 and itself."""
+    rows, columns = delta.shape
+    return Pair(_shaped(delta, (1, rows * columns)), _one(delta.dtype), scale, (1, 1, rows, columns))
+
+
+def cut_rows(pair: Pair, chunks: tuple[int, ...], of: int) -> Pair:
+    """The pair of some of the ``of`` equal chunks of rows of a delta."""
     import numpy as np
 
-    return Pair(Held(np.ones((1, 1)), vector.dtype), replace(vector, shape=(vector.shape[0], 1)), scale)
+    def chosen(rows: Array) -> Array:
+        parts = np.split(rows, of)
+        return np.concatenate([parts[n] for n in chunks])
+
+    rows, _, columns = pair.shape
+    height = rows // of * len(chunks)
+    if pair.grid is None:
+        return replace(pair, up=_applied(chosen, pair.up, (height, pair.up.shape[1])))
+    n1, m1, n2, m2 = pair.grid
+
+    def kron(one: Array, other: Array) -> Array:
+        return chosen(np.kron(one.reshape(n1, m1), other.reshape(n2, m2)))
+
+    return dense(_product(kron, pair.up, pair.down, (height, columns)), pair.scale)
 
 
-def flat(tensor: TensorRef) -> TensorRef:
-    """A kernel as a matrix."""
-    return replace(tensor, shape=(tensor.shape[0], prod(tensor.shape[1:])))
+def as_matrix(tensor: Tensor) -> Tensor:
+    """A kernel as the matrix (out, in * height * width)."""
+    return _shaped(tensor, (tensor.shape[0], prod(tensor.shape[1:])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# computed tensors, and how far the roundings of stored ones reach in them
+
+
+def _one(dtype: str) -> Held:
+    """The number 1, which nothing rounds."""
+    import numpy as np
+
+    return Held(np.ones((1, 1)), dtype, lambda _: np.zeros((1, 1)))
+
+
+def _shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if isinstance(tensor, Held | Computed):
+        return _applied(lambda array: array.reshape(shape), tensor, shape)
+    return tensor if tensor.shape == shape else Viewed(tensor, shape)
+
+
+def _applied(change: Callable[[Array], Array], tensor: Tensor, shape: tuple[int, ...]) -> Computed:
+    """A tensor whose numbers are put into other places."""
+    return Computed(lambda: change(values(tensor)), lambda dtype: change(room_of(tensor, dtype)), tensor.dtype, shape)
+
+
+def _product(combine: Callable[[Array, Array], Array], one: Tensor, other: Tensor, shape: tuple[int, ...]) -> Computed:
+    """Sums of products of the numbers of two tensors, each with the coefficient 0 or 1.
+
+    With x and y as what the numbers may be off by, ``(|a| + x)(|b| + y) - |a||b| = x |b| + (|a| + x) y``.
+    """
+    import numpy as np
+
+    def room(dtype: str) -> Array:
+        x, y = room_of(one, dtype), room_of(other, dtype)
+        return combine(x, np.abs(values(other))) + combine(np.abs(values(one)) + x, y)
+
+    return Computed(lambda: combine(values(one), values(other)), room, one.dtype, shape)
+
+
+def _summed(formula: str, one: Tensor, other: Tensor, shape: tuple[int, ...]) -> Computed:
+    """:func:`_product` by Einstein's notation, in ``shape``."""
+    import numpy as np
+
+    return _product(lambda a, b: np.einsum(formula, a, b, optimize=True).reshape(shape), one, other, shape)
+
+
+def _each(one: Tensor, other: Tensor) -> Computed:
+    """Two tensors multiplied element by element."""
+    return _product(lambda a, b: a * b, one, other, one.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the kinds
 
 
 def _weight(sides: Sides, alpha: Fraction | None) -> Pair | None:
     if "diff" in sides:
-        return _dense(flat(sides["diff"]))
+        return dense(as_matrix(sides["diff"]))
     if "w_norm" in sides:
         return column(sides["w_norm"], Fraction(1))
     if "hada_w1_a" in sides:
@@ -88,6 +153,12 @@ def _weight(sides: Sides, alpha: Fraction | None) -> Pair | None:
     return _locon(sides, alpha) if "up" in sides or "down" in sides else None
 
 
+def _kernel(sides: Sides) -> tuple[int, ...]:
+    """The sizes of a convolution's kernel; of a pair of factors only ``down`` has one."""
+    shapes = (ref.shape[2:] for side, ref in sides.items() if side not in ("up", "alpha"))
+    return next((shape for shape in shapes if prod(shape) > 1), ())
+
+
 def _scale(sides: Sides, rank: int, alpha: Fraction | None) -> Fraction:
     """``alpha / rank``; 1 without an alpha. rs-LoRA is in the alpha that is stored."""
     if alpha is not None:
@@ -95,72 +166,54 @@ def _scale(sides: Sides, rank: int, alpha: Fraction | None) -> Fraction:
     return Fraction(float(values(sides["alpha"]))) / rank if "alpha" in sides else Fraction(1)
 
 
-def _dense(delta: Tensor) -> Pair:
-    """A matrix as itself times an identity, the smaller of two."""
-    import numpy as np
-
-    rows, columns = delta.shape
-    one = Held(np.eye(min(rows, columns)), delta.dtype)
-    return Pair(delta, one, Fraction(1)) if rows < columns else Pair(one, delta, Fraction(1))
-
-
 def _locon(sides: Sides, alpha: Fraction | None) -> Pair:
     """``up @ down``, with a core ``sum(up[o, i] * mid[i, j, k] * down[j, n])`` over i and j."""
-    import numpy as np
-
-    up, down = sides["up"], sides["down"]
+    up, down = as_matrix(sides["up"]), as_matrix(sides["down"])
     scale = _scale(sides, down.shape[0], alpha)
     if "lora_mid" not in sides:
-        return Pair(flat(down), flat(up), scale)
-    inner = np.einsum("ij...,jn->in...", values(sides["lora_mid"]), values(flat(down)))
-    return Pair(Held(inner.reshape(len(inner), -1), down.dtype), flat(up), scale)
+        return Pair(down, up, scale)
+    core = sides["lora_mid"]
+    shape = core.shape[0], down.shape[1] * prod(core.shape[2:])
+    return Pair(_summed("ij...,jn->in...", core, down, shape), up, scale)
 
 
 def _loha(sides: Sides, alpha: Fraction | None) -> Pair:
     """``(w1a @ w1b) * (w2a @ w2b)``, element by element: the rows of w1a and w2a multiplied each with each, times the
     same of the columns of w1b and w2b."""
-    import numpy as np
-
-    w1a, w1b, w2a, w2b = (values(sides[f"hada_{side}"]) for side in ("w1_a", "w1_b", "w2_a", "w2_b"))
-    scale, dtype = _scale(sides, len(w1b), alpha), sides["hada_w1_a"].dtype
+    w1a, w1b, w2a, w2b = (sides[f"hada_{side}"] for side in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    scale = _scale(sides, w1b.shape[0], alpha)
     if "hada_t1" in sides:
-        one, two = (values(sides[f"hada_t{n}"]) for n in (1, 2))
-        product = _rebuilt(one, w1a, w1b) * _rebuilt(two, w2a, w2b)
-        return replace(_dense(Held(product.reshape(len(product), -1), dtype)), scale=scale)
-    if len(w1b) * len(w2b) >= min(len(w1a), w1b.shape[1]):
-        return replace(_dense(Held((w1a @ w1b) * (w2a @ w2b), dtype)), scale=scale)
-    up = np.einsum("oi,oj->oij", w1a, w2a).reshape(len(w1a), -1)
-    down = np.einsum("in,jn->ijn", w1b, w2b).reshape(-1, w1b.shape[1])
-    return Pair(Held(down, dtype), Held(up, dtype), scale)
+        one, other = _rebuilt(sides["hada_t1"], w1a, w1b), _rebuilt(sides["hada_t2"], w2a, w2b)
+        return dense(_each(one, other), scale)
+    rows, columns, rank = w1a.shape[0], w1b.shape[1], w1b.shape[0] * w2b.shape[0]
+    if rank >= min(rows, columns):
+        one, other = (_summed("oi,in->on", a, b, (rows, columns)) for a, b in ((w1a, w1b), (w2a, w2b)))
+        return dense(_each(one, other), scale)
+    up = _summed("oi,oj->oij", w1a, w2a, (rows, rank))
+    return Pair(_summed("in,jn->ijn", w1b, w2b, (rank, columns)), up, scale)
 
 
-def _rebuilt(core: Array, left: Array, right: Array) -> Array:
-    """A tensor from its Tucker core: ``sum(core[i, j, k] * left[i, o] * right[j, n])`` over i and j."""
-    import numpy as np
-
-    return np.asarray(np.einsum("ij...,io,jn->on...", core, left, right))
+def _rebuilt(core: Tensor, left: Tensor, right: Tensor) -> Computed:
+    """A matrix from its Tucker core: ``sum(core[i, j, k] * left[i, o] * right[j, n])`` over i and j."""
+    inner = _summed("ij...,jn->in...", core, right, (core.shape[0], right.shape[1], *core.shape[2:]))
+    shape = left.shape[1], prod(inner.shape[1:])
+    return _summed("io,in->on", left, as_matrix(inner), shape)
 
 
 def _lokr(sides: Sides, alpha: Fraction | None) -> Pair:
-    """``kron(w1, w2)``: of two products it is the product of the two Kronecker products of their factors."""
-    import numpy as np
-
+    """``kron(w1, w2)``, either part a product of two or as it is."""
     left, right = _kron_part(sides, "lokr_w1"), _kron_part(sides, "lokr_w2")
     second = next((sides[name] for name in ("lokr_w2_b", "lokr_w1_b") if name in sides), None)
     scale = Fraction(1) if second is None else _scale(sides, second.shape[0], alpha)
-    dtype = next(ref.dtype for side, ref in sides.items() if side.startswith("lokr_"))
-    return Pair(Held(np.kron(left[1], right[1]), dtype), Held(np.kron(left[0], right[0]), dtype), scale)
+    (n1, m1), (n2, m2) = left.shape, right.shape
+    return Pair(_shaped(right, (1, n2 * m2)), _shaped(left, (n1 * m1, 1)), scale, (n1, m1, n2, m2))
 
 
-def _kron_part(sides: Sides, name: str) -> tuple[Array, Array]:
-    """One part of a LoKr as a product of two matrices."""
-    import numpy as np
-
+def _kron_part(sides: Sides, name: str) -> Tensor:
+    """One part of a LoKr as a matrix."""
     if name in sides:
-        pair = _dense(flat(sides[name]))
-        return values(pair.up), values(pair.down)
-    left, right = values(sides[f"{name}_a"]), values(sides[f"{name}_b"])
+        return as_matrix(sides[name])
+    left, right = sides[f"{name}_a"], as_matrix(sides[f"{name}_b"])
     if name == "lokr_w2" and "lokr_t2" in sides:
-        core = np.einsum("ij...,jn->in...", values(sides["lokr_t2"]), right)
-        return left.T, core.reshape(len(core), -1)
-    return left, right.reshape(len(right), -1)
+        return _rebuilt(sides["lokr_t2"], left, right)
+    return _summed("ij,jn->in", left, right, (left.shape[0], right.shape[1]))

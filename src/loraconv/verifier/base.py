@@ -15,7 +15,7 @@ from loraconv.lazy import Joined, Lazy, TensorRef, Viewed
 from loraconv.names import fold_names
 from loraconv.verifier.config import DIT, POSITIONS, Settings, check_config, expected_config, is_rotary
 from loraconv.verifier.coverage import check_coverage
-from loraconv.verifier.numbers import Held, Tensor, coarse, rounded_once, same_bytes, same_numbers, values
+from loraconv.verifier.numbers import Computed, Held, Tensor, coarse, rounded_once, same_bytes, same_numbers, values
 from loraconv.verifier.positions import agrees
 from loraconv.verifier.proof import Check, Control, Proof
 
@@ -189,7 +189,7 @@ def _agrees(expected: Lazy, stored: Tensor, dtype: str | None) -> bool:
     if expected.shape != stored.shape:
         return False
     if dtype is None:
-        return _unchanged(expected, stored) if isinstance(stored, Held) else same_bytes(expected, stored)
+        return _unchanged(expected, stored) if isinstance(stored, Held | Computed) else same_bytes(expected, stored)
     return stored.dtype == dtype and rounded_once(values(expected), values(stored), dtype)
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from loraconv.verifier.delta import ModuleResult, compare_module
-from loraconv.verifier.numbers import Expectation, Held, Pair, Tensor, coarse, values
+from loraconv.verifier.numbers import Expectation, Held, Pair, Tensor, coarse, in_memory, values
 from loraconv.verifier.proof import Control
+
+if TYPE_CHECKING:
+    from loraconv.verifier.numbers import Array
 
 Pairs = Mapping[str, Pair]
 Judge = Callable[[Expectation, Pairs], str]
@@ -118,11 +122,17 @@ def _mistakes(stored: Pairs) -> Iterator[tuple[str, Spoilt | None]]:
     yield "scale divided by rank", Spoilt(one, {first: replace(pair, scale=pair.scale / rank)}) if rank > 1 else None
     yield "factors transposed", Spoilt(one, {first: Pair(_flipped(pair.up), _flipped(pair.down), pair.scale)})
     yield "layers shifted by one", _shifted(stored)
-    yield "up zeroed", Spoilt(one, {first: replace(pair, up=Held(values(pair.up) * 0, pair.up.dtype))})
+    yield "up zeroed", Spoilt(one, {first: replace(pair, up=_changed(pair.up, lambda array: array * 0))})
     yield (
         "stored in a lower precision",
-        Spoilt(one, {first: replace(pair, up=Held(coarse(values(pair.up)), pair.up.dtype))}),
+        Spoilt(one, {first: replace(pair, up=_changed(pair.up, coarse))}),
     )
+
+
+def _changed(tensor: Tensor, change: Callable[[Array], Array]) -> Held:
+    """Other numbers in the place of a tensor's, which count as stored like those."""
+    held = in_memory(tensor)
+    return replace(held, values=change(held.values))
 
 
 def _swapped(stored: Pairs) -> Spoilt | None:

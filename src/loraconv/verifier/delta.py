@@ -2,22 +2,35 @@
 
 Two adapters may factor one delta differently, so the factors decide only where they are equal number for number;
 elsewhere the deltas are compared: ``|| s1 B1 A1 - s2 B2 A2 ||_F``, from products of rank size alone, against what half
-a unit in the last place of the stored numbers of either side can make of it.
+a unit in the last place of the stored numbers of either side can make of it. A Kronecker product and a delta of another
+grid are compared a block of rows at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loraconv.verifier.numbers import Held, Pair, compare, difference_norm, product_norm, same_numbers, slack, values
+from loraconv.verifier.numbers import (
+    Held,
+    Pair,
+    compare,
+    difference_norm,
+    in_memory,
+    product_norm,
+    room_of,
+    same_numbers,
+    values,
+)
 from loraconv.verifier.parallel import in_parallel
 
 if TYPE_CHECKING:
     from loraconv.verifier.numbers import Array
 
 Pairs = Mapping[str, Pair]
+#: Numbers of a block of rows.
+_BLOCK = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +63,13 @@ def compare_module(module: str, one: Pair, other: Pair, bound: float | None = No
     one, other = held(one), held(other)  # each factor is looked at many times
     first = Grams.of(one)
     norm = first.norm
-    if (one.shape[0], one.shape[2]) != (other.shape[0], other.shape[2]):
+    if not one.fits(other):
         return ModuleResult(module, False, float("inf"), 0.0, norm)
     outcome = compare(one, other)
     if outcome.equal:
         return ModuleResult(module, True, 0.0, bound or 0.0, norm, near=True)
     near = outcome.within or compare(other, one).within
-    error = difference_norm(*sides(one), *sides(other))
+    error = distance(one, other)
     room = max(first.room(), Grams.of(other).room()) if bound is None else bound * norm
     scale = norm or 1.0
     return ModuleResult(module, False, error / scale, room / scale, norm, near)
@@ -64,13 +77,62 @@ def compare_module(module: str, one: Pair, other: Pair, bound: float | None = No
 
 def held(pair: Pair) -> Pair:
     """The same pair in memory."""
-    down, up = (Held(values(factor), factor.dtype) for factor in (pair.down, pair.up))
-    return Pair(down, up, pair.scale)
+    return replace(pair, down=in_memory(pair.down), up=in_memory(pair.up))
 
 
 def sides(pair: Pair) -> tuple[Array, Array]:
     """``(scale * up, down)`` in float64."""
     return values(pair.up) * float(pair.scale), values(pair.down)
+
+
+def rows_of(pair: Pair, start: int, stop: int) -> Array:
+    """Rows of the delta, not scaled, in float64."""
+    import numpy as np
+
+    if pair.grid is None:
+        return np.asarray(values(pair.up)[start:stop] @ values(pair.down))
+    n1, m1, n2, m2 = pair.grid
+    first, last = start // n2, -(-stop // n2)
+    left = values(pair.up).reshape(n1, m1)[first:last]
+    if last - first == 1:
+        return np.kron(left, values(pair.down).reshape(n2, m2)[start - first * n2 : stop - first * n2])
+    return np.kron(left, values(pair.down).reshape(n2, m2))[start - first * n2 : stop - first * n2]
+
+
+def distance(one: Pair, other: Pair) -> float:
+    """The Frobenius norm of the difference of two deltas of one shape; infinite for NaN or Inf.
+
+    Of two grids it is summed over the numbers of the difference, in which nothing cancels but what is equal: float64
+    leaves each off by ``(rank + 3) * 2**-53 * |up_i| |down_j|``.
+    """
+    import numpy as np
+
+    if one.grid == other.grid:
+        return difference_norm(*sides(one), *sides(other))
+    if not (is_finite(one) and is_finite(other)):
+        return float("inf")
+    total = sum(float(np.vdot(gap, gap)) for gap in (x - y for x, y in _both(one, other)))
+    return float(np.sqrt(total))
+
+
+def inner(one: Pair, other: Pair) -> float:
+    """The sum of the products of the numbers of two deltas of one shape."""
+    import numpy as np
+
+    if one.grid != other.grid:
+        return float(sum(np.vdot(x, y) for x, y in _both(one, other)))
+    (up, down), (up_other, down_other) = sides(one), sides(other)
+    return float(np.sum((up.T @ up_other) * (down @ down_other.T)))
+
+
+def _both(one: Pair, other: Pair) -> Iterator[tuple[Array, Array]]:
+    """The numbers of two deltas, a block of rows at a time."""
+    first, second = held(one), held(other)
+    rows, _, columns = one.shape
+    step = max(1, _BLOCK // max(columns, 1))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        yield rows_of(first, start, stop) * float(one.scale), rows_of(second, start, stop) * float(other.scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +161,7 @@ class Grams:
         norm = float(np.sqrt(square)) if exact and np.isfinite(square) else product_norm(self.up, self.down)
         return norm * abs(float(self.pair.scale))
 
-    def room(self, dtype: str | None = None) -> float:
+    def room(self, dtype: str = "") -> float:
         """What half a unit in the last place of every stored number can change the delta by, in the Frobenius norm.
 
         ``dtype`` stands for the one that the numbers are stored in, if another is meant. ``|| X Y ||_F`` is at most
@@ -107,8 +169,7 @@ class Grams:
         """
         import numpy as np
 
-        stored = ((self.up, self.pair.up), (self.down, self.pair.down))
-        d_up, d_down = (float(np.linalg.norm(slack(x, dtype or t.dtype))) for x, t in stored)
+        d_up, d_down = (float(np.linalg.norm(room_of(tensor, dtype))) for tensor in (self.pair.up, self.pair.down))
         s_up, s_down = _spectral(self.gram_up), _spectral(self.gram_down)
         # The last term: float64 itself, in the products.
         own = float(np.linalg.norm(self.up)) * float(np.linalg.norm(self.down)) * 2.0**-45
@@ -120,7 +181,7 @@ def delta_norm(pair: Pair) -> float:
     return Grams.of(pair).norm
 
 
-def relative_room(pair: Pair, dtype: str | None = None) -> float:
+def relative_room(pair: Pair, dtype: str = "") -> float:
     """:meth:`Grams.room` relative to the norm of the delta; infinite for a delta of zero."""
     grams = Grams.of(pair)
     return grams.room(dtype) / grams.norm if grams.norm else float("inf")
@@ -142,15 +203,13 @@ def projection(one: Pair, other: Pair) -> tuple[float, float]:
     """
     import numpy as np
 
-    if (one.shape[0], one.shape[2]) != (other.shape[0], other.shape[2]):
+    if not one.fits(other):
         return 0.0, float("inf")
-    (up, down), (up_other, down_other) = sides(one), sides(other)
-    own = float(np.sum((up.T @ up) * (down @ down.T)))
-    size = delta_norm(other)
+    own, size = inner(one, one), delta_norm(other)
     if not own > 0 or not size > 0 or not np.isfinite(size):
         return 0.0, float("inf")
-    constant = float(np.sum((up.T @ up_other) * (down @ down_other.T))) / own
-    return constant, difference_norm(up * constant, down, up_other, down_other) / size
+    constant = inner(one, other) / own
+    return constant, distance(replace(one, scale=float(one.scale) * constant), other) / size
 
 
 def is_zero(pair: Pair) -> bool:
@@ -167,6 +226,11 @@ def is_finite(pair: Pair) -> bool:
 
 def transposed(pair: Pair) -> Pair:
     """The pair whose delta is the transpose."""
+    if pair.grid is not None:
+        n1, m1, n2, m2 = pair.grid
+        up, down = values(pair.up).reshape(n1, m1).T, values(pair.down).reshape(n2, m2).T
+        turned = Held(down.reshape(1, -1), pair.down.dtype), Held(up.reshape(-1, 1), pair.up.dtype)
+        return Pair(*turned, pair.scale, (m1, n1, m2, n2))
     return Pair(Held(values(pair.up).T, pair.up.dtype), Held(values(pair.down).T, pair.down.dtype), pair.scale)
 
 

@@ -17,16 +17,16 @@ from loraconv.names import fold_names, printable
 from loraconv.verifier.delta import (
     ModuleResult,
     delta_norm,
+    distance,
     held,
     is_finite,
     is_zero,
     projection,
     relative_room,
     rounded_through,
-    sides,
     transposed,
 )
-from loraconv.verifier.numbers import Pair, difference_norm
+from loraconv.verifier.numbers import Pair
 from loraconv.verifier.parallel import in_parallel
 from loraconv.verifier.spectrum import singular_values
 
@@ -227,7 +227,7 @@ def _share(whole: Pair, part: Pair) -> float | None:
         return None
     squares = [value**2 for value in singular_values(whole)]
     norm, rest = math.sqrt(math.fsum(squares)), math.sqrt(math.fsum(squares[low:]))
-    error = difference_norm(*sides(whole), *sides(part))
+    error = distance(whole, part)
     return 1 - (error / norm) ** 2 if norm and error <= rest + _tolerance(whole, part) * norm else None
 
 

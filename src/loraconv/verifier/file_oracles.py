@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 from loraconv.errors import ProofFailed
 from loraconv.lazy import Joined, Lazy, TensorRef, number, read
 from loraconv.names import printable
-from loraconv.verifier.algebra import is_special, side_of, special_pairs
-from loraconv.verifier.numbers import Held, Pair, values
+from loraconv.verifier.algebra import cut_rows, is_special, side_of, special_pairs
+from loraconv.verifier.numbers import Pair
 from loraconv.verifier.original_names import Share, here, of_original
 from loraconv.verifier.pipeline_names import of_pipeline
 
@@ -139,6 +138,9 @@ def of_original_names(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
         return dict(pairs)
     made: dict[str, Pair] = {}
     for pair, parts in zip(pairs.values(), shares, strict=True):
+        if _is_whole(parts):
+            made[parts[0].module] = pair
+            continue
         assert isinstance(pair.down, TensorRef)
         assert isinstance(pair.up, TensorRef)
         # alpha belongs to the whole pair: any number will do, for the scale is the pair's own
@@ -219,16 +221,16 @@ def _split(
 
 def _rows(end: str, pair: Pair, parts: list[Share]) -> Iterator[tuple[str, Pair]]:
     """The pairs of the diffusers modules whose rows a delta has; ``end`` comes behind their names."""
-    import numpy as np
-
-    if len(parts) == 1 and parts[0].of == 1 and parts[0].last is None:
+    if _is_whole(parts):
         yield parts[0].module + end, pair
         return
-    up = values(pair.up)
     for share in (share.sized(pair.shape[0], pair.shape[2]) for share in parts):
-        chunks = np.split(up, share.of)
-        own = Held(np.concatenate([chunks[n] for n in share.chunks]), pair.up.dtype)
-        yield share.module + end, replace(pair, up=own)
+        yield share.module + end, cut_rows(pair, share.chunks, share.of)
+
+
+def _is_whole(parts: list[Share]) -> bool:
+    """True for one module that has all the rows in their order."""
+    return len(parts) == 1 and parts[0].of == 1 and parts[0].last is None
 
 
 def _diagonal(up: TensorRef, parts: list[Share], height: int, rank: int) -> int:

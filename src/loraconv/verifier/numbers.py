@@ -7,7 +7,7 @@ and without the cancellation that the Gram matrix of the difference would bring.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -30,36 +30,83 @@ HALF_ULP = {
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A tensor in memory, as values: what a control makes out of a stored one."""
+    """A tensor in memory, as values: what a control makes out of a stored one. ``room`` is that of :class:`Computed`,
+    None where the values are as they are stored."""
 
     values: Array
     dtype: str
+    room: Callable[[str], Array] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.values.shape)
 
 
-Tensor = Lazy | Held
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A tensor that is computed from stored ones whenever its values are asked for, so that none is kept.
+
+    ``room`` says how far each value may be from the exact one if those were rounded once to a dtype (empty: each to
+    its own).
+    """
+
+    make: Callable[[], Array]
+    room: Callable[[str], Array]
+    dtype: str
+    shape: tuple[int, ...]
+
+
+Tensor = Lazy | Held | Computed
 
 
 def values(tensor: Tensor) -> Array:
     """The tensor's values in float64."""
+    if isinstance(tensor, Computed):
+        return tensor.make()
     return tensor.values if isinstance(tensor, Held) else read(tensor)
+
+
+def in_memory(tensor: Tensor) -> Held:
+    """The same tensor, its values read or computed."""
+    if isinstance(tensor, Held):
+        return tensor
+    return Held(values(tensor), tensor.dtype, tensor.room if isinstance(tensor, Computed) else None)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The two factors of one module by a format's own definition: ``delta = scale * up @ down``."""
+    """The two factors of one module by a format's own definition: ``delta = scale * up @ down``.
+
+    With ``grid`` = (n1, m1, n2, m2) the delta is ``scale * kron(w1, w2)``, and ``up`` is w1 (n1, m1) as a column,
+    ``down`` is w2 (n2, m2) as a row. Their product has the numbers of the delta in another order (Van Loan and
+    Pitsianis, Approximation with Kronecker products, 1993), so that norms and distances of deltas of one grid are
+    those of the products, of rank 1. ``kernel`` has the sizes of a convolution's kernel, as far as the tensors have it.
+    """
 
     down: Tensor
     up: Tensor
     scale: Fraction | float
+    grid: tuple[int, int, int, int] | None = None
+    kernel: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """``(out, rank, in)``."""
-        return self.up.shape[0], self.down.shape[0], self.down.shape[1]
+        """``(out, rank, in)`` of the delta; of a Kronecker product the greatest rank that it may have."""
+        if self.grid is None:
+            return self.up.shape[0], self.down.shape[0], self.down.shape[1]
+        n1, m1, n2, m2 = self.grid
+        return n1 * n2, min(n1, m1) * min(n2, m2), m1 * m2
+
+    def fits(self, other: Pair) -> bool:
+        """True if both deltas are added to a weight of one shape."""
+        one, two = self.shape, other.shape
+        kernels = {pair.kernel for pair in (self, other) if pair.kernel}
+        return (one[0], one[2]) == (two[0], two[2]) and len(kernels) < 2
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What two pairs have in common whose factors can be compared number for number."""
+        return (*self.shape, self.grid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +127,7 @@ class Outcome:
 
 def compare(expected: Pair, stored: Pair) -> Outcome:
     """Whether ``stored`` is ``expected``, element by element of both factors, the scale counted into ``up``."""
-    if expected.shape != stored.shape:
+    if expected.kind != stored.kind:
         return Outcome(False, False)
     ratio, exact = _ratio(expected.scale, stored.scale)
     if (
@@ -90,8 +137,8 @@ def compare(expected: Pair, stored: Pair) -> Outcome:
     ):
         return Outcome(True, True)
     down, up = values(expected.down), _rescaled(expected.up, ratio)
-    near_down = rounded_once(down, values(stored.down), stored.down.dtype)
-    return Outcome(False, near_down and _near(up, values(stored.up), _up_slack(up, stored.up.dtype, exact)))
+    near_down = _near(down, values(stored.down), _room(down, stored.down))
+    return Outcome(False, near_down and _near(up, values(stored.up), _up_room(up, stored.up, exact)))
 
 
 def relative_error(expected: Pair, stored: Pair) -> tuple[float, float]:
@@ -100,13 +147,13 @@ def relative_error(expected: Pair, stored: Pair) -> tuple[float, float]:
     The bound is what half a unit in the last place of every stored number can make of it. An expected delta of zero
     gives both as absolute values. Infinity and NaN, which :func:`compare` looks at one by one, count as zero.
     """
-    if expected.shape != stored.shape:
+    if expected.kind != stored.kind:
         return float("inf"), 0.0
     ratio, exact = _ratio(expected.scale, stored.scale)
     down, up = _finite(values(expected.down)), _finite(_rescaled(expected.up, ratio))
     size = product_norm(up, down)
     error = difference_norm(up, down, _finite(values(stored.up)), _finite(values(stored.down)))
-    d_up, d_down = _norm(_up_slack(up, stored.up.dtype, exact)), _norm(slack(down, stored.down.dtype))
+    d_up, d_down = _norm(_up_room(up, stored.up, exact)), _norm(_room(down, stored.down))
     room = d_up * _norm(down) + _norm(up) * d_down + d_up * d_down
     return (error / size, room / size) if size else (error, room)
 
@@ -132,11 +179,17 @@ def same_numbers(one: Array, other: Array) -> bool:
     return bool(np.array_equal(one, other) or np.array_equal(one, other, equal_nan=True))
 
 
-def _up_slack(up: Array, dtype: str, exact: bool) -> Array:
+def _room(exact: Array, stored: Tensor) -> Array:
+    """How far the stored numbers may be from the exact ones."""
+    computed = isinstance(stored, Held | Computed) and stored.room is not None
+    return room_of(stored) if computed else slack(exact, stored.dtype)
+
+
+def _up_room(up: Array, stored: Tensor, exact: bool) -> Array:
     import numpy as np
 
     # A ratio that float64 cannot hold exactly adds its own rounding and that of the product.
-    return slack(up, dtype) if exact else slack(up, dtype) + np.abs(up) * 2.0**-52
+    return _room(up, stored) if exact else _room(up, stored) + np.abs(up) * 2.0**-52
 
 
 def _ratio(expected: Fraction | float, stored: Fraction | float) -> tuple[float, bool]:
@@ -163,6 +216,13 @@ def slack(exact: Array, dtype: str) -> Array:
 def rounded_once(exact: Array, stored: Array, dtype: str) -> bool:
     """True if every number that is stored in ``dtype`` is within half a unit in the last place of the exact one."""
     return _near(exact, stored, slack(exact, dtype))
+
+
+def room_of(tensor: Tensor, dtype: str = "") -> Array:
+    """How far a tensor's values may be from the exact ones. ``dtype`` stands for its own, if another is meant."""
+    if isinstance(tensor, Held | Computed) and tensor.room is not None:
+        return tensor.room(dtype)
+    return slack(values(tensor), dtype or tensor.dtype)
 
 
 def _near(one: Array, other: Array, room: Array) -> bool:

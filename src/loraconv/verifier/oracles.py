@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -19,7 +20,7 @@ from loraconv.errors import FormatError, ProofFailed
 from loraconv.lazy import TensorRef, read
 from loraconv.names import printable
 from loraconv.verifier import file_oracles
-from loraconv.verifier.algebra import column
+from loraconv.verifier.algebra import as_matrix, column, special_pairs
 from loraconv.verifier.numbers import Held, Pair, difference_norm, product_norm, values
 from loraconv.verifier.pipeline_names import of_pipeline
 
@@ -201,6 +202,7 @@ def peft_pairs(
 
 
 #: In memory the adapter's own name stands in the key; trainers that dump their state leave it there.
+_PEFT_TUNER = re.compile(r"(.+)\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))")
 _PEFT_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.(weight|bias)")
 
 
@@ -209,23 +211,35 @@ def _peft_like(
 ) -> dict[str, Pair]:
     sides: dict[str, dict[str, TensorRef]] = {}
     for name, ref in tensors.items():
-        found = _PEFT_FACTOR.fullmatch(name)
+        found, prefix = _PEFT_FACTOR.fullmatch(name), next((p for p in prefixes if name.startswith(p)), "")
+        tuner = _PEFT_TUNER.fullmatch(name)
+        if tuner is not None:
+            sides.setdefault(tuner[1][len(prefix) :], {})[tuner[2]] = ref
+            continue
         if found is None or (found[3] == "bias" and found[2] == "A"):
             raise _not_covered(name)
-        prefix = next(p for p in prefixes if name.startswith(p))
         side = "bias" if found[3] == "bias" else found[2]
         sides.setdefault(found[1][len(prefix) :], {})[side] = ref
     pairs = {}
     for module, both in sides.items():
+        if not {"A", "B", "bias"} & both.keys():
+            pairs[module] = replace(special_pairs(both, None)[""], scale=_tuner_scale(config, module, alpha))
+            continue
         if not {"A", "B"} <= both.keys():
             raise _not_covered(f"{module}, one factor of two")
         rank = both["A"].shape[0]
         told = alpha if alpha is not None else _peft_alpha(config, module, rank)
         scale = _peft_scale(told, rank, config.get("use_rslora") is True)
-        pairs[module] = Pair(both["A"], both["B"], scale)
+        pairs[module] = Pair(as_matrix(both["A"]), as_matrix(both["B"]), scale, kernel=both["A"].shape[2:])
         if "bias" in both:  # lora_B's own, which is scaled as its product is
             pairs[f"{module}.bias"] = column(both["bias"], scale)
     return pairs
+
+
+def _tuner_scale(config: Mapping[str, Any], module: str, alpha: Fraction | None) -> Fraction:
+    """peft's LoHa and LoKr: ``alpha / r`` by the settings, whatever the shapes."""
+    told = by_pattern({**config, "lora_alpha": config.get("alpha")}, "lora_alpha", module)
+    return (Fraction(told) if alpha is None else alpha) / Fraction(by_pattern(config, "r", module))
 
 
 def _peft_alpha(config: Mapping[str, Any], module: str, rank: int) -> Fraction:

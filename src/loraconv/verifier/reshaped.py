@@ -21,10 +21,11 @@ from loraconv.verifier.adapter import unread_scale
 from loraconv.verifier.aside import SetAside, check_aside
 from loraconv.verifier.check import as_failure, read_adapter_files
 from loraconv.verifier.controls import adapter_controls
-from loraconv.verifier.delta import Grams, sides
+from loraconv.verifier.delta import Grams, distance, held, sides
 from loraconv.verifier.numbers import Expectation, Held, Pair, compare, difference_norm, values
 from loraconv.verifier.parallel import in_parallel
 from loraconv.verifier.proof import Check, Control, Proof
+from loraconv.verifier.spectrum import singular_values
 
 if TYPE_CHECKING:
     from loraconv.verifier.numbers import Array
@@ -91,14 +92,15 @@ def _prove(terms: Sequence[Term], stored: Pairs, claims: Claims, scale_ignored: 
         detail = f"missing or unexpected: {'; '.join(fold_names(apart)[:4])}"
         return Proof("adapter", (Check("L0", NAMES, False, len(stored), detail=detail),), ())
     sums = _Sums(terms, {module: pair.scale for module, pair in stored.items()})
-    seen = list(in_parallel(lambda m: _look(m, sums[m], stored[m], claims), list(stored)))
+    least = _Least()
+    seen = list(in_parallel(lambda m: _look(m, sums[m], stored[m], claims, least), list(stored)))
     checks = list(_checks(seen, claims))
     if scale_ignored:
         checks.append(unread_scale(stored))
     if not checks[0].passed:
         return Proof("adapter", tuple(checks), ())
     expected = Expectation(sums, {m: (pair.down.dtype, pair.up.dtype) for m, pair in stored.items()})
-    controls = adapter_controls(expected, stored, lambda part, spoilt: _first_fault(part, spoilt, claims))
+    controls = adapter_controls(expected, stored, lambda part, spoilt: _first_fault(part, spoilt, claims, least))
     return Proof("adapter", tuple(checks), (*controls, *_merge_controls(terms, stored, claims)))
 
 
@@ -116,6 +118,9 @@ class _Sums(Mapping[str, Pair]):
 
         parts = [(term.weight(module), term.pairs[module]) for term in self.terms if module in term.pairs]
         scale = self.scales[module]
+        if len(parts) == 1:
+            weight, pair = parts[0][0], held(parts[0][1])
+            return replace(pair, up=Held(values(pair.up) * _ratio(weight, scale), "F64"), scale=scale)
         up = np.concatenate([values(pair.up) * _ratio(weight, scale) for weight, pair in parts], axis=1)
         down = np.concatenate([values(pair.down) for _, pair in parts], axis=0)
         dtypes = [side.dtype for _, pair in parts for side in (pair.down, pair.up)]
@@ -165,18 +170,15 @@ class _Seen:
     bound: float = 0.0
 
 
-def _look(module: str, expected: Pair, stored: Pair, claims: Claims) -> _Seen:
+def _look(module: str, expected: Pair, stored: Pair, claims: Claims, least: _Least) -> _Seen:
     cut = module in claims.errors
-    (out, rank, inner), (out_stored, rank_stored, inner_stored) = expected.shape, stored.shape
-    fitting = (out, inner) == (out_stored, inner_stored) and (rank_stored <= rank if cut else rank_stored == rank)
+    rank, rank_stored = expected.shape[1], stored.shape[1]
+    fitting = expected.fits(stored) and (rank_stored <= rank if cut else rank_stored == rank)
     if not fitting or not _right_dtypes(expected, stored, claims):
         return _Seen(module, cut, (NAMES,))
-    stored = Pair(_held(stored.down), _held(stored.up), stored.scale)
-    return _look_at_cut(module, expected, stored, claims) if cut else _look_at_whole(module, expected, stored, claims)
-
-
-def _held(tensor: object) -> Held:
-    return Held(values(tensor), tensor.dtype)  # type: ignore[attr-defined, arg-type]
+    if cut:
+        return _look_at_cut(module, expected, held(stored), claims, least)
+    return _look_at_whole(module, expected, held(stored), claims)
 
 
 def _right_dtypes(expected: Pair, stored: Pair, claims: Claims) -> bool:
@@ -195,16 +197,16 @@ def _look_at_whole(module: str, expected: Pair, stored: Pair, claims: Claims) ->
     narrow = claims.dtype is None and stored.up.dtype in ("F16", "BF16")
     faults = () if outcome.within and not narrow else (NUMBERS,)
     grams = Grams.of(expected)
-    error, scale = difference_norm(*sides(expected), *sides(stored)), grams.norm or 1.0
+    error, scale = distance(expected, stored), grams.norm or 1.0
     return _Seen(module, False, faults, False, error / scale, _room(grams, stored) / scale)
 
 
-def _look_at_cut(module: str, expected: Pair, stored: Pair, claims: Claims) -> _Seen:
+def _look_at_cut(module: str, expected: Pair, stored: Pair, claims: Claims, least: _Least) -> _Seen:
     grams = Grams.of(expected)
-    error, norm = difference_norm(*sides(expected), *sides(stored)), grams.norm
+    error, norm = distance(expected, stored), grams.norm
     room, stated = _room(grams, stored), claims.errors[module] * norm
     faults = [] if abs(error - stated) <= room else [STATED]
-    if not error <= _least(grams, stored.shape[1]) + room:
+    if not error <= least.of(module, grams, stored.shape[1]) + room:
         faults.append(LEAST)
     if claims.asked is not None and not error <= claims.asked * norm:
         faults.append(ASKED)
@@ -220,17 +222,35 @@ def _room(expected: Grams, stored: Pair) -> float:
     return Grams.of(stored).room() + 2.0**-40 * size
 
 
-def _least(grams: Grams, rank: int) -> float:
-    """``sqrt(s[rank]**2 + s[rank + 1]**2 + ...)`` of the singular values ``s`` of the sum, from the Gram matrices."""
+class _Least:
+    """What the best approximation of a rank leaves of a sum: ``sqrt(s[rank]**2 + s[rank + 1]**2 + ...)`` of its
+    singular values, which are computed once for a module."""
+
+    def __init__(self) -> None:
+        self._squares: dict[str, Array] = {}
+
+    def of(self, module: str, grams: Grams, rank: int) -> float:
+        import numpy as np
+
+        if module not in self._squares:
+            self._squares[module] = _squares(grams)
+        squares = self._squares[module]
+        # An eigenvalue of zero comes out as a rounding error of the greatest one.
+        doubt = 2.0**-44 * float(np.trace(grams.gram_up)) * float(np.trace(grams.gram_down))
+        left = float(np.sum(np.maximum(squares[: max(len(squares) - rank, 0)], 0.0)))
+        return float(np.sqrt(left + doubt)) * abs(float(grams.pair.scale))
+
+
+def _squares(grams: Grams) -> Array:
+    """The squares of the singular values, smallest first, not scaled: from the Gram matrices, or from the two parts of
+    a Kronecker product."""
     import numpy as np
 
+    if grams.pair.grid is not None:
+        return np.square(singular_values(replace(grams.pair, scale=Fraction(1))))[::-1]
     lengths, turn = np.linalg.eigh(grams.gram_up)
     root = turn * np.sqrt(np.maximum(lengths, 0.0))
-    squares = np.linalg.eigvalsh(root.T @ grams.gram_down @ root)
-    # An eigenvalue of zero comes out as a rounding error of the greatest one.
-    doubt = 2.0**-44 * float(np.trace(grams.gram_up)) * float(np.trace(grams.gram_down))
-    left = float(np.sum(np.maximum(squares[: max(len(squares) - rank, 0)], 0.0)))
-    return float(np.sqrt(left + doubt)) * abs(float(grams.pair.scale))
+    return np.asarray(np.linalg.eigvalsh(root.T @ grams.gram_down @ root))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,11 +284,11 @@ def named_check(level: str, name: str, seen: Sequence[_Looked]) -> Check:
     return Check(level, name, not wrong, len(seen), detail="; ".join(fold_names(wrong)[:4]))
 
 
-def _first_fault(expected: Expectation, stored: Pairs, claims: Claims) -> str:
+def _first_fault(expected: Expectation, stored: Pairs, claims: Claims, least: _Least) -> str:
     """The first check that a set of pairs fails, or an empty string: what a control has to provoke."""
     if set(expected.pairs) != set(stored):
         return NAMES
-    found = (_look(module, pair, stored[module], claims).faults for module, pair in expected.pairs.items())
+    found = (_look(module, pair, stored[module], claims, least).faults for module, pair in expected.pairs.items())
     return next((faults[0] for faults in found if faults), "")
 
 
@@ -327,6 +347,5 @@ def _merge_control(name: str, extra: _Extra, module: str, expected: Pair, stored
     spoilt_down = np.concatenate([down, *(more for _, more in extra)], axis=0)
     error = difference_norm(*sides(expected), spoilt_up, spoilt_down)
     grams = Grams.of(expected)
-    held = Pair(_held(stored[module].down), _held(stored[module].up), stored[module].scale)
-    apart = abs(error - claims.errors.get(module, 0.0) * grams.norm) > _room(grams, held)
+    apart = abs(error - claims.errors.get(module, 0.0) * grams.norm) > _room(grams, held(stored[module]))
     return Control(name, apart, "L2 delta" if apart else "")

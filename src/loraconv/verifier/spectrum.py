@@ -1,7 +1,8 @@
 """The singular values of a module's delta, from its factors alone.
 
 ``scale * up @ down = Qu (Ru Rd') Qd'`` by the QR of both factors, so that the singular values are those of a matrix of
-rank size, in float64; the full-size product is never made.
+rank size, in float64; the full-size product is never made. Those of a Kronecker product are those of its two parts,
+each times each.
 """
 
 from __future__ import annotations
@@ -27,9 +28,21 @@ def singular_values(pair: Pair) -> tuple[float, ...]:
     up, down = sides(pair)
     if not (np.isfinite(up).all() and np.isfinite(down).all()):
         return ()
+    if pair.grid is not None:
+        found = _of_kron(up, down, pair.grid)
+        return tuple(float(value) for value in np.where(found > _resolution(pair, up, down), found, 0.0))
     left, right = (np.asarray(np.linalg.qr(side, mode="r")) for side in (up, down.T))
     found = np.linalg.svd(left @ right.T, compute_uv=False)
     return tuple(float(value) for value in np.where(found > _resolution(pair, up, down), found, 0.0))
+
+
+def _of_kron(up: Array, down: Array, grid: tuple[int, int, int, int]) -> Array:
+    import numpy as np
+
+    one, other = (
+        np.linalg.svd(part.reshape(shape), compute_uv=False) for part, shape in ((up, grid[:2]), (down, grid[2:]))
+    )
+    return np.sort(np.outer(one, other).reshape(-1))[::-1]
 
 
 def _resolution(pair: Pair, up: Array, down: Array) -> float:

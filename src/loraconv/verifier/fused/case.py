@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from loraconv.lazy import TensorRef
 from loraconv.names import FLOAT_DTYPES, fold_names
-from loraconv.verifier.algebra import dora_delta
 from loraconv.verifier.fused.figures import Figures
 from loraconv.verifier.fused.rounding import Delta
+from loraconv.verifier.fused.whole import Dora, Kron, Turned, Whole
 from loraconv.verifier.numbers import Pair, Tensor, values
 from loraconv.verifier.proof import Check
 
@@ -37,7 +37,8 @@ class Term:
 class Part:
     """One adapter's factors for one module, in float64: ``up`` (out, rank), ``down`` (rank, in), not yet scaled.
 
-    ``number`` is the adapter's place in the order given.
+    ``number`` is the adapter's place in the order given. Where the delta is no product of two small matrices it is
+    ``whole``, and the factors are empty.
     """
 
     up: Array
@@ -45,14 +46,33 @@ class Part:
     scale: Fraction | float
     strength: Fraction
     number: int
+    rank: int
+    whole: Whole | None = None
 
     @property
     def factor(self) -> float:
         return float(self.strength * self.scale)
 
     @property
-    def rank(self) -> int:
-        return int(self.down.shape[0])
+    def zeroed(self) -> Part:
+        """The part with zeros for ``up``."""
+        return replace(self, up=self.up * 0, whole=None)
+
+    @property
+    def turned(self) -> Part:
+        """The part whose delta is the transpose."""
+        return replace(self, up=self.down.T, down=self.up.T, whole=None if self.whole is None else Turned(self.whole))
+
+    def rows(self, start: int, stop: int) -> tuple[Array, Array]:
+        """Rows of the delta, not scaled, and what the unit roundoff is multiplied by to bound their error."""
+        import numpy as np
+
+        up = self.up[start:stop]
+        if self.whole is None:
+            lengths = np.linalg.norm(up, axis=1)[:, None] * np.linalg.norm(self.down, axis=0)
+            return up @ self.down, lengths * (self.rank + 8)
+        made = self.whole.rows(start, stop)
+        return made, np.linalg.norm(made, axis=1)[:, None] * np.full((1, made.shape[1]), self.rank + 8.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +100,23 @@ class Case:
     def parts(self, module: str) -> list[Part]:
         """The adapters' factors for a module."""
         return [
-            Part(*self._factors(module, term, pair), term.strength, number)
+            self._part(module, number, term, pair)
             for number, term in enumerate(self.terms)
             if (pair := term.pairs.get(module)) is not None
         ]
 
-    def _factors(self, module: str, term: Term, pair: Pair) -> tuple[Array, Array, Fraction | float]:
-        """``(up, down, scale)``; of a DoRA the change of the whole weight, and an identity."""
+    def _part(self, module: str, number: int, term: Term, pair: Pair) -> Part:
+        """The part of one adapter; that of a DoRA is the change of the whole weight."""
         import numpy as np
 
-        magnitude = term.magnitudes.get(module)
-        if magnitude is None:
-            return values(pair.up), values(pair.down), pair.scale
-        change = dora_delta(values(self.base[home_of(module)]), pair, magnitude)
-        return change, np.eye(change.shape[1]), Fraction(1)
+        rows, rank, columns = pair.shape
+        none, magnitude = (np.zeros((rows, 0)), np.zeros((0, columns))), term.magnitudes.get(module)
+        if magnitude is not None:
+            whole = Dora.of(self.base[home_of(module)], pair, magnitude)
+            return Part(*none, Fraction(1), term.strength, number, rank, whole)
+        if pair.grid is not None:
+            return Part(*none, pair.scale, term.strength, number, rank, Kron.of(pair))
+        return Part(values(pair.up), values(pair.down), pair.scale, term.strength, number, rank)
 
     def delta(self, module: str) -> Delta:
         """``sum(strength * scale * up @ down)`` of a module."""
@@ -137,7 +160,8 @@ def delta_of(parts: Sequence[Part]) -> Delta:
     import numpy as np
 
     up = np.concatenate([part.up * part.factor for part in parts], axis=1)
-    return Delta.of(up, np.concatenate([part.down for part in parts], axis=0))
+    wholes = tuple((part.factor, part.whole) for part in parts if part.whole is not None)
+    return Delta.of(up, np.concatenate([part.down for part in parts], axis=0), wholes)
 
 
 def check_names(base: Tensors, fused: Tensors, dtype: str | None) -> Check:

@@ -25,7 +25,7 @@ def fused_controls(case: Case, touched: Mapping[str, str], untouched: Sequence[s
 
     made = []
     if touched:
-        name = next((n for n in touched if case.delta(touched[n]).up.any()), next(iter(touched)))
+        name = next((n for n in touched if case.delta(touched[n]).moves), next(iter(touched)))
         block = Block(case, name, touched[name])
         with np.errstate(over="ignore", invalid="ignore"):  # an adapter may hold what is infinite when doubled
             made = [_numbers_control(block, what, spoilt) for what, spoilt in _wrong_numbers(block)]
@@ -45,7 +45,7 @@ class Block:
         self.right = rounded(self.base + self.rows(self.delta), self.dtype)
 
     def rows(self, delta: Delta) -> Array:
-        return delta.up[: self.stop] @ delta.down
+        return delta.rows(0, self.stop)
 
     def sum(self, parts: Sequence[Part]) -> Array:
         """What fusing other parts would store."""
@@ -77,9 +77,9 @@ def _wrong_numbers(block: Block) -> Iterator[tuple[str, Array | None]]:
     yield "layers shifted by one", None if later is None else block.sum(case.parts(later))
     yield "strength doubled", block.sum([replace(p, strength=p.strength * 2) for p in parts])
     yield "scale divided by rank", block.sum([replace(p, scale=p.scale / p.rank) for p in parts]) if rank > 1 else None
-    yield "up zeroed", block.sum([replace(parts[0], up=parts[0].up * 0), *parts[1:]])
+    yield "up zeroed", block.sum([parts[0].zeroed, *parts[1:]])
     square = len(set(block.shape)) == 1
-    yield "delta transposed", block.sum([replace(p, up=p.down.T, down=p.up.T) for p in parts]) if square else None
+    yield "delta transposed", block.sum([p.turned for p in parts]) if square else None
     # Off by one unit may be a number that products in float32 gave.
     short = block.dtype in ("F16", "BF16")
     yield "cut off instead of rounded", truncated(block.base + block.rows(block.delta), block.dtype) if short else None

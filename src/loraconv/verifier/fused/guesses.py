@@ -90,13 +90,9 @@ class Sample:
 
     def products(self, parts: Sequence[Part]) -> list[Product]:
         """The same rows of some parts' products."""
-        import numpy as np
-
         made = []
         for part in parts:
-            up = part.up[slice(*self.range)]
-            lengths = np.linalg.norm(up, axis=1)[:, None] * np.linalg.norm(part.down, axis=0)
-            made.append(Product(up @ part.down, lengths * (part.rank + 8), part.factor))
+            made.append(Product(*part.rows(*self.range), part.factor))
         return made
 
     def fits(self, guess: Sum, arithmetic: Arithmetic, more: float = 0.0) -> bool:
@@ -162,7 +158,7 @@ def _sums(sample: Sample) -> Iterator[Sum]:
         text = f"layers are shifted: what belongs one layer {'on' if step > 0 else 'before'} was fused"
         yield from _mistaken(sample, in_layer(sample.module, step), "shifted", text)
     if len(set(sample.case.fused[sample.name].shape)) == 1:
-        turned = [replace(p, up=p.down.T, down=p.up.T) for p in sample.case.parts(sample.module)]
+        turned = [p.turned for p in sample.case.parts(sample.module)]
         yield Sum("transposed", "the delta is transposed", base, sample.products(turned))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from loraconv.errors import FormatError
 from loraconv.lazy import TensorRef
@@ -61,9 +62,10 @@ def prove_fused(
     common.
     """
     modules, every = chosen(terms, only), {**base, **beside}
-    vectors = {name for name in map(home_of, modules) if name in every and len(every[name].shape) == 1}
-    fused = _with_columns(fused, vectors)
-    case = Case(_with_columns(every, vectors), terms, fused, modules, dtype, bound)
+    names = check_names(every, fused, dtype)
+    others = {name for name in map(home_of, modules) if name in every and len(every[name].shape) not in (0, 2)}
+    fused = _as_matrices(fused, {name for name in others if name in fused and fused[name].shape})
+    case = Case(_as_matrices(every, others), terms, fused, modules, dtype, bound)
     _refuse_strangers(case)
     touched, untouched = case.touched(), case.untouched()
     with beside_it(lambda: fused_controls(case, touched, untouched)) as mistakes:
@@ -73,7 +75,7 @@ def prove_fused(
     order = {name: place for place, name in enumerate(touched)}
     tensors = tuple(sorted(results, key=lambda result: order[result.name]))
     checks = (
-        check_names(case.base, fused, dtype),
+        names,
         _check_homes(case),
         _check_untouched(untouched, changed, dtype, beside),
         *([_check_beside(untouched, changed, dtype, beside)] if beside else []),
@@ -85,9 +87,10 @@ def prove_fused(
     return FusedReport(proof, findings, tensors, sum((t.figures for t in tensors), Figures()))
 
 
-def _with_columns(tensors: Mapping[str, TensorRef], names: Collection[str]) -> dict[str, TensorRef]:
-    """The tensors, of which the vectors of these names are columns: what is compared is a matrix."""
-    return {n: replace(t, shape=(*t.shape, 1)) if n in names and len(t.shape) == 1 else t for n, t in tensors.items()}
+def _as_matrices(tensors: Tensors, names: Collection[str]) -> dict[str, TensorRef]:
+    """The tensors, of which those of these names are matrices: a vector is a column, a kernel (out, all the rest)."""
+    matrices = {n: replace(t, shape=(t.shape[0], prod(t.shape[1:]))) for n, t in tensors.items() if n in names}
+    return {**tensors, **matrices}
 
 
 def _refuse_strangers(case: Case) -> None:

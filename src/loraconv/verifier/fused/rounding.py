@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loraconv.lazy import TensorRef, decode, whole
 from loraconv.names import DTYPE_BYTES, numel
 from loraconv.verifier.fused.figures import LAYOUT, Figures, judge
+from loraconv.verifier.fused.whole import Whole
 from loraconv.verifier.numbers import same_bytes
 
 try:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 1 << 19
 #: Above this share of unsettled elements, float64 for all of a block takes less time than picking them out.
 MANY = 1 / 50
+#: What float64 leaves of a delta that is no product, relative: norms of up to 4096 numbers, each off by a unit or two.
+_OF_WHOLE = 2.0**-40
 #: Factors count as at least this large in the bound, which so covers what float32 loses of the smallest products.
 _LEAST = 2.0**-55
 
@@ -36,6 +39,7 @@ _LEAST = 2.0**-55
 class Delta:
     """The sum of low-rank products: ``up @ down`` with ``up`` (out, all ranks), scaled, ``down`` (all ranks, in).
 
+    ``wholes`` are added to it, each times its factor, and have no small factors; then all is done in float64.
     ``columns`` is ``down`` transposed in memory; ``up32`` and ``down32`` are rounded to float32; ``lengths`` (out, 1)
     and ``widths`` (1, in) are the norms of the rows of ``up`` and of the columns of ``down``.
     """
@@ -47,22 +51,36 @@ class Delta:
     down32: Array
     lengths: Array
     widths: Array
+    wholes: tuple[tuple[float, Whole], ...] = ()
 
     @classmethod
-    def of(cls, up: Array, down: Array) -> Delta:
+    def of(cls, up: Array, down: Array, wholes: tuple[tuple[float, Whole], ...] = ()) -> Delta:
         """From float64 factors."""
         import numpy as np
 
         with np.errstate(over="ignore", invalid="ignore"):
             lengths, widths = np.linalg.norm(up, axis=1, keepdims=True), np.linalg.norm(down, axis=0, keepdims=True)
             columns = np.ascontiguousarray(down.T)
-            return cls(up, down, columns, up.astype(np.float32), down.astype(np.float32), lengths, widths)
+            singles = up.astype(np.float32), down.astype(np.float32)
+            return cls(up, down, columns, *singles, lengths, widths, wholes)
 
     @property
     def rank(self) -> int:
         """The number of products in an element. Times the unit roundoff and ``|up_i| |down_j|``, this and a few more
         for the factors' own roundings bound the element's error (Higham, Accuracy and Stability, section 3.5)."""
         return int(self.down.shape[0])
+
+    @property
+    def moves(self) -> bool:
+        """False for a product of zeros."""
+        return bool(self.wholes) or bool(self.up.any())
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Rows in float64."""
+        made: Array = self.up[start:stop] @ self.down
+        for factor, other in self.wholes:
+            made += factor * other.rows(start, stop)
+        return made
 
     def at(self, rows: Array, columns: Array) -> Array:
         """Single elements in float64."""
@@ -153,12 +171,19 @@ def compare_block(base: Array, stored: Array, delta: Delta, start: int, dtype: s
     import numpy as np
 
     stop = start + len(stored)
+    if delta.wholes and stored.dtype == np.float32:
+        base, stored = base.astype(np.float64), stored.astype(np.float64)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         product, error = _product(delta, start, stop, stored.dtype)
         lengths, widths = (np.maximum(x, _LEAST) for x in (delta.lengths[start:stop], delta.widths))
         lengths *= error
-        compare = _compare if _cells is None or stored.dtype != np.float32 else _compare_compiled
-        figures, doubtful = compare(base, stored, product, lengths, widths, dtype)
+        if _cells is not None and stored.dtype == np.float32:
+            figures, doubtful = _compare_compiled(base, stored, product, lengths, widths, dtype)
+        else:
+            room = np.multiply(lengths, widths, dtype=stored.dtype, casting="unsafe")
+            if delta.wholes:
+                room += (np.abs(product) + np.abs(base)) * _OF_WHOLE
+            figures, doubtful = _compare(base, stored, product, room, dtype)
         if doubtful.size <= stored.size * MANY:
             doubtful = _unconfirmed(base, stored, delta, start, dtype, doubtful)
         if not np.isfinite(figures.rest):  # what is not finite has to be counted, right or not
@@ -171,9 +196,7 @@ def compare_block(base: Array, stored: Array, delta: Delta, start: int, dtype: s
         return figures + _judged(base, stored, delta, start, dtype, doubtful, product)
 
 
-def _compare(
-    base: Array, stored: Array, product: Array, lengths: Array, widths: Array, dtype: str
-) -> tuple[Figures, Array]:
+def _compare(base: Array, stored: Array, product: Array, room: Array, dtype: str) -> tuple[Figures, Array]:
     """The figures of a block as far as its sums go, and the flat numbers of the elements that are not settled yet."""
     import numpy as np
 
@@ -187,7 +210,6 @@ def _compare(
         size=size,
         rest=float(np.vdot(residual, residual)),
     )
-    room = np.multiply(lengths, widths, dtype=stored.dtype, casting="unsafe")
     return figures, np.flatnonzero(_unsettled(exact, stored, room, dtype))
 
 
@@ -221,7 +243,7 @@ def _product(delta: Delta, start: int, stop: int, work: Any) -> tuple[Array, flo
     import numpy as np
 
     if work == np.float64:
-        return delta.up[start:stop] @ delta.down, (delta.rank + 8) * 2.0**-53
+        return delta.rows(start, stop), (delta.rank + 8) * 2.0**-53
     return delta.up32[start:stop] @ delta.down32, (delta.rank + 8) * 2.0**-24
 
 
@@ -271,6 +293,8 @@ def _judged(base: Array, stored: Array, delta: Delta, start: int, dtype: str, ch
     added = delta.at(rows + start, columns) if stored.dtype == np.float32 else product.reshape(-1)[chosen]
     before = base.reshape(-1)[chosen].astype(np.float64)
     lengths = delta.lengths[rows + start, 0] * delta.widths[0, columns]
+    if delta.wholes:
+        lengths = lengths + np.linalg.norm(product, axis=1)[rows]
     return replace(
         judge(stored.reshape(-1)[chosen].astype(np.float64), before, added, lengths * (delta.rank + 8), dtype),
         worst_row=start,
