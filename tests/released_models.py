@@ -173,6 +173,12 @@ def adaptable(family: str, model: str) -> Mapping[str, tuple[int, int]]:
 
 
 @cache
+def convolutions(family: str, model: str) -> frozenset[str]:
+    """The names of those modules that have a kernel."""
+    return frozenset(n for n, m in _named(family, model).items() if isinstance(m, torch.nn.modules.conv._ConvNd))
+
+
+@cache
 def others(family: str, model: str) -> frozenset[str]:
     """The names of all other modules: norms, activations, and what holds modules."""
     return frozenset(n for n, m in _named(family, model).items() if not isinstance(m, LINEAR))

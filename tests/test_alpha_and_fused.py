@@ -261,7 +261,7 @@ def _twice(tensors: Tensors) -> None:
     [
         (_dora, "cannot-carry", "DoRA"),
         (_typo, "module-unknown", "transformer_blocks_0_attn1_to_q"),
-        (_conv, "cannot-carry", "linear"),
+        (_conv, "factor-shape", "linear layers in CogVideoX"),
         (_twice, "factor-twice", "spelled in two ways"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from loraconv.registry import families
 from loraconv.rules import Family, fill, match
-from tests.released_models import ALL, RELEASED, adaptable, others
+from tests.released_models import ALL, RELEASED, adaptable, convolutions, others
 
 FAMILIES = {family.name: family for family in families()}
 
@@ -31,6 +31,14 @@ def test_every_template_is_a_module_of_some_released_model(family: str) -> None:
     modules = FAMILIES[family].modules
     assert len(set(modules)) == len(modules)
     assert [t for t in modules if not any(match(t, name) is not None for name in names)] == []
+
+
+@pytest.mark.parametrize("family", RELEASED)
+def test_the_table_tells_which_modules_are_convolutions(family: str) -> None:
+    every, table = [convolutions(family, model) for model in RELEASED[family]], FAMILIES[family]
+    names = {name for model in RELEASED[family] for name in adaptable(family, model)}
+    assert {name for name in names if table.may_convolve(name)} == set().union(*every)
+    assert [end for end in table.convolutions if not any(f".{name}".endswith(f".{end}") for name in names)] == []
 
 
 def test_mistral_has_the_modules_of_llama() -> None:

@@ -60,7 +60,14 @@ def kohya(name: str, up: Any, down: Any, alpha: float | None = None, prefix: str
 
 
 def deltas(pairs: dict[str, Pair]) -> dict[str, Any]:
-    return {m: float(p.scale) * (values(p.up) @ values(p.down)) for m, p in pairs.items()}
+    return {m: float(p.scale) * product(p) for m, p in pairs.items()}
+
+
+def product(pair: Pair) -> Any:
+    if pair.grid is None:
+        return values(pair.up) @ values(pair.down)
+    n1, m1, n2, m2 = pair.grid
+    return np.kron(values(pair.up).reshape(n1, m1), values(pair.down).reshape(n2, m2))
 
 
 def assert_same(pairs: dict[str, Pair], right: dict[str, Any]) -> None:
@@ -411,7 +418,8 @@ def test_magnitudes_are_dealt_out_like_the_rows_that_they_scale(read: Read) -> N
         f"{ATTENTION}{m}": size[4 * n : 4 * n + 4].astype(np.float64).tolist() for n, m in enumerate(OURS)
     }
     columns = magnitudes_of(read({f"lora_unet_{QKV}": size[None]}))
-    assert {m: values(t).shape for m, t in columns.items()} == dict.fromkeys((f"{ATTENTION}{m}" for m in OURS), (1, 12))
+    # Of columns there is one norm over the rows of all parts, which is that of no part.
+    assert {m: values(t).shape for m, t in columns.items()} == {" and ".join(f"{ATTENTION}{m}" for m in OURS): (1, 12)}
     whole = magnitudes_of(
         read({"lora_unet_double_blocks_3_img_attn_proj": size, "lora_unet_double_blocks_3_img_mlp_0": size})
     )

@@ -166,6 +166,7 @@ COGVIDEOX = Family(
     model_class="CogVideoXTransformer3DModel",
     component="transformer",
     modules=MODULES,
+    convolutions=("patch_embed.proj",),
     spellings={"sat": SAT},
     settings=SETTINGS,
     positions=(

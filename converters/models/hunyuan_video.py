@@ -89,5 +89,6 @@ HUNYUAN_VIDEO = Family(
     model_class="HunyuanVideoTransformer3DModel",
     component="transformer",
     modules=ORIGINAL.heres,
+    convolutions=("x_embedder.proj",),
     spellings={"original": ORIGINAL},
 )

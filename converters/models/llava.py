@@ -47,5 +47,6 @@ LLAVA = Family(
     model_class="LlavaForConditionalGeneration",
     component="",
     modules=ORIGINAL.heres,
+    convolutions=("embeddings.patch_embedding",),
     spellings={"original": ORIGINAL},
 )

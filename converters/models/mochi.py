@@ -62,5 +62,6 @@ MOCHI = Family(
     model_class="MochiTransformer3DModel",
     component="transformer",
     modules=ORIGINAL.heres,
+    convolutions=("patch_embed.proj",),
     spellings={"original": ORIGINAL},
 )

@@ -69,5 +69,6 @@ SD3 = Family(
     model_class="SD3Transformer2DModel",
     component="transformer",
     modules=ORIGINAL.heres,
+    convolutions=("pos_embed.proj",),
     spellings={"original": ORIGINAL},
 )

@@ -113,5 +113,6 @@ SDXL = Family(
     model_class="UNet2DConditionModel",
     component="",
     modules=ORIGINAL.heres,
+    convolutions=("conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
     spellings={"original": ORIGINAL},
 )

@@ -43,5 +43,6 @@ WAN = Family(
     model_class="WanTransformer3DModel",
     component="transformer",
     modules=ORIGINAL.heres,
+    convolutions=("patch_embedding",),
     spellings={"original": ORIGINAL, "videox-fun": ORIGINAL},
 )

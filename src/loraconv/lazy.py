@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from loraconv.io.input_file import InputFile
 
-PIECE_BYTES = 1 << 18
+#: What is read in one go: large enough that calls cost little, small enough for a core's cache.
+PIECE_BYTES = 1 << 19
 
 
 class Lazy(Protocol):
@@ -335,7 +336,7 @@ class Averaged:
 
 def whole(tensor: Lazy) -> bytes:
     """All the tensor's bytes at once."""
-    if isinstance(tensor, TensorRef) and tensor.strides is None:
+    if type(tensor) is TensorRef and tensor.strides is None:  # one range of a file; what is gathered has several
         return tensor.file.pread(tensor.offset, nbytes(tensor))
     return b"".join(tensor.pieces())
 

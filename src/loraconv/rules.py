@@ -436,7 +436,8 @@ class Family:
 
     ``component`` is the pipeline part that adapters belong to (the prefix in diffusers files); where it is empty,
     module names begin with theirs. ``modules`` are templates of the modules (diffusers names) that an adapter can be
-    put on, ``spellings`` their other names: ``sat``, or ``original`` for those of the model's own repository.
+    put on, ``convolutions`` the ends of the names of those that are a convolution in some release, ``spellings`` their
+    other names: ``sat``, or ``original`` for those of the model's own repository.
     ``settings`` and ``releases`` (from the most to the least specific) are there where a whole model can be converted.
     """
 
@@ -445,6 +446,7 @@ class Family:
     model_class: str
     component: str
     modules: tuple[str, ...] = ()
+    convolutions: tuple[str, ...] = ()
     spellings: Mapping[str, Spelling] = field(default_factory=dict)
     settings: tuple[Setting, ...] = ()
     releases: tuple[Release, ...] = ()
@@ -461,6 +463,10 @@ class Family:
         """True if ``module`` (diffusers name) is one that the family has."""
         listed = any(match(template, module) is not None for template in self._listed.get(_shape(module), ()))
         return listed or any(s.find_part(module) for s in self.spellings.values())
+
+    def may_convolve(self, module: str) -> bool:
+        """True if ``module`` (diffusers name) is a convolution in some release."""
+        return any(f".{module}".endswith(f".{end}") for end in self.convolutions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

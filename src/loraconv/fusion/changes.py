@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from loraconv.deltas import UNIT, Delta, Known
 from loraconv.fusion.dora import Dora, Whole
-from loraconv.fusion.merging import Factors, Term, merge_rows, nearest, nonfinite, overflow, rounded_ends, stack
+from loraconv.fusion.merging import BLOCK, Factors, Term, merge_rows, nearest, nonfinite, overflow, rounded_ends, stack
 from loraconv.lazy import TensorRef, decode
 from loraconv.watch import all_finite
 
@@ -103,6 +103,11 @@ class Plain:
         """Rows of a weight with everything added, as bytes of ``dtype``; ``raw`` are those of the base's own, which
         ``ref`` refers to. Raises as :func:`merge_rows` does."""
         return merge_rows(raw, ref, self.factors.part(rows), dtype)
+
+
+def block_of(terms: Sequence[Term]) -> int:
+    """The elements of a block: fewer where several matrices in float64 are made of each."""
+    return BLOCK // 4 if any(isinstance(term.up, Delta | Whole) for term in terms) else BLOCK
 
 
 def gather(terms: Sequence[Term]) -> Plain | Changes:

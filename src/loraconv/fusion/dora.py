@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from loraconv.adapter import Factor
 from loraconv.deltas import UNIT, Delta, Known, Matrix
 from loraconv.errors import FormatError, UsageError
-from loraconv.fusion.merging import Term, as_matrix, blocks
+from loraconv.fusion.merging import BLOCK, Term, as_matrix, blocks
 from loraconv.lazy import Lazy, TensorRef, Zeros, read
 from loraconv.names import printable
 
@@ -53,7 +53,7 @@ class Whole:
 
     def pieces(self) -> Iterator[bytes]:
         loaded = self.load()
-        for start, stop in blocks(self.base.shape):
+        for start, stop in blocks(self.base.shape, BLOCK // 4):
             yield loaded.block(read(self.base.rows(start, stop)), slice(start, stop))[0].tobytes()
 
     def leaves(self) -> Iterator[TensorRef]:
@@ -79,7 +79,7 @@ class Dora:
         import numpy as np
 
         squares = np.zeros((2, self.base.shape[1]))
-        for start, stop in blocks(self.base.shape):
+        for start, stop in blocks(self.base.shape, BLOCK // 4):
             total, error = self._total(read(self.base.rows(start, stop)), slice(start, stop))
             squares += np.stack([(total * total).sum(axis=0), (error * error).sum(axis=0)])
         norms, errors = np.sqrt(squares)

@@ -114,9 +114,9 @@ def as_matrix(ref: TensorRef) -> TensorRef:
     return replace(ref, shape=(ref.shape[0], math.prod(ref.shape[1:])))
 
 
-def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The ranges of rows in which a weight of shape (out, in) is computed."""
-    step = max(1, BLOCK // max(shape[1], 1))
+def blocks(shape: tuple[int, ...], size: int = BLOCK) -> Iterator[tuple[int, int]]:
+    """The ranges of rows in which a weight of shape (out, in) is computed, about ``size`` elements each."""
+    step = max(1, size // max(shape[1], 1))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
 

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from loraconv.fusion.changes import Changes, Plain, gather
+from loraconv.fusion.changes import Changes, Plain, block_of, gather
 from loraconv.fusion.merging import BLOCK, Term, as_matrix, blocks, cast_rows
 from loraconv.fusion.shards import Entry, Shard
 from loraconv.health import compare_crc
 from loraconv.io.atomic import OutputFile, OutputFolder
 from loraconv.io.crc import combine, crc32
 from loraconv.io.safetensors_write import header_of
-from loraconv.lazy import TensorRef, nbytes
+from loraconv.lazy import TensorRef, nbytes, whole
 from loraconv.names import DTYPE_BYTES, numel
 from loraconv.ordered import in_order, workers
 
@@ -24,7 +24,6 @@ from loraconv.ordered import in_order, workers
 PROGRESS = logging.getLogger("loraconv.fusion")
 #: Blocks that may wait to be written: enough that no thread waits for work while a long range is copied.
 _AHEAD = 128
-_COPY_BYTES = 1 << 19
 
 
 @dataclass(slots=True)
@@ -97,7 +96,8 @@ def _blocks(
         if entry.fused:
             # Handed out before the blocks that wait for it, so that some thread is at work on it already.
             added = pool.submit(gather, terms[entry.key])
-            yield from (partial(_merged, ref, added, rows, entry.dtype) for rows in blocks(ref.shape))
+            size = block_of(terms[entry.key])
+            yield from (partial(_merged, ref, added, rows, entry.dtype) for rows in blocks(ref.shape, size))
         else:
             flat = replace(ref, shape=(numel(ref.shape),))
             steps = range(0, flat.shape[0], BLOCK)
@@ -106,13 +106,13 @@ def _blocks(
 
 def _merged(ref: TensorRef, added: Future[Plain | Changes], rows: tuple[int, int], dtype: str) -> Block:
     part = ref.rows(*rows)
-    raw = part.file.pread(part.offset, nbytes(part))
+    raw = whole(part)
     made = added.result().merged(raw, part, slice(*rows), dtype)
     return made, crc32(made), crc32(raw)
 
 
 def _cast(part: TensorRef, dtype: str) -> Block:
-    raw = part.file.pread(part.offset, nbytes(part))
+    raw = whole(part)
     made = cast_rows(raw, part, dtype)
     return made, crc32(made), crc32(raw)
 
@@ -124,8 +124,7 @@ def _copy(file: OutputFile, ref: TensorRef, progress: Progress) -> int:
     and that would leave the sum to be made of a second reading.
     """
     crc = 0
-    for start in range(0, nbytes(ref), _COPY_BYTES):
-        piece = ref.file.pread(ref.offset + start, min(_COPY_BYTES, nbytes(ref) - start))
+    for piece in ref.pieces():
         crc = crc32(piece, crc)
         file.write(piece)
         progress.add(len(piece))
