@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from loraconv.adapter import Adapter
 from loraconv.errors import CorruptCheckpoint
@@ -15,6 +16,7 @@ from loraconv.io.crc import combine, crc32
 from loraconv.io.input_file import InputFile
 from loraconv.lazy import PIECE_BYTES, Lazy, Scaled, TensorRef, nbytes, same_bytes, spans
 from loraconv.names import fold_names, printable, quoted
+from loraconv.ordered import in_order, workers
 from loraconv.watch import INFINITY, Watch, all_finite
 
 
@@ -65,7 +67,8 @@ def _nonfinite(tensors: Mapping[str, Lazy]) -> list[str]:
     :class:`CorruptCheckpoint` where they differ.
     """
     storages = {(id(leaf.file), leaf.storage): leaf for tensor in tensors.values() for leaf in tensor.leaves()}
-    finite = [_storage_is_finite(leaf) for leaf in storages.values()]  # every one is read: each has a checksum
+    with workers() as pool:  # every one is read: each has a checksum
+        finite = list(in_order(pool, (partial(_storage_is_finite, leaf) for leaf in storages.values())))
     if all(finite):
         return []
     return [name for name, tensor in tensors.items() if not is_finite(tensor)]
