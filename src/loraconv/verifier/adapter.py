@@ -18,7 +18,7 @@ from loraconv.verifier.numbers import (
     relative_error,
     same_bytes,
 )
-from loraconv.verifier.parallel import in_parallel
+from loraconv.verifier.parallel import beside_it, in_parallel
 from loraconv.verifier.proof import Check, Proof
 
 Pairs = Mapping[str, Pair]
@@ -29,12 +29,13 @@ def prove_adapter(expected: Expectation, stored: Pairs, *, scale_ignored: bool) 
 
     ``scale_ignored`` says that some consumer reads the file at scale 1, so that the stored scales must be 1.
     """
-    checks = check_adapter(expected, stored)
-    if not checks[0].passed:
-        return Proof("adapter", tuple(checks), ())
+    if not (names := _names(expected, stored)).passed:
+        return Proof("adapter", (names,), ())
+    with beside_it(lambda: adapter_controls(expected, stored, _first_failure)) as mistakes:
+        checks = check_adapter(expected, stored)
     if scale_ignored:
         checks.append(unread_scale(stored))
-    return Proof("adapter", tuple(checks), adapter_controls(expected, stored, _first_failure))
+    return Proof("adapter", tuple(checks), mistakes.result())
 
 
 def check_adapter(expected: Expectation, stored: Pairs) -> list[Check]:
