@@ -18,7 +18,7 @@ from loraconv.verifier.numbers import (
     compare,
     difference_norm,
     in_memory,
-    product_norm,
+    norm_by_grams,
     room_of,
     same_numbers,
     values,
@@ -153,13 +153,7 @@ class Grams:
     @property
     def norm(self) -> float:
         """``|| scale * up @ down ||_F``."""
-        import numpy as np
-
-        square = float(np.sum(self.gram_up * self.gram_down))
-        # Gram matrices are several times as fast as a QR, and as exact unless the factors nearly cancel each other.
-        exact = square > 2.0**-12 * float(np.trace(self.gram_up)) * float(np.trace(self.gram_down))
-        norm = float(np.sqrt(square)) if exact and np.isfinite(square) else product_norm(self.up, self.down)
-        return norm * abs(float(self.pair.scale))
+        return norm_by_grams(self.up, self.down, self.gram_up, self.gram_down) * abs(float(self.pair.scale))
 
     def room(self, dtype: str = "") -> float:
         """What half a unit in the last place of every stored number can change the delta by, in the Frobenius norm.
@@ -175,6 +169,10 @@ class Grams:
         own = float(np.linalg.norm(self.up)) * float(np.linalg.norm(self.down)) * 2.0**-45
         return abs(float(self.pair.scale)) * (d_up * s_down + s_up * d_down + d_up * d_down + own)
 
+    def relative_room(self, dtype: str = "") -> float:
+        """:meth:`room` relative to the norm of the delta; infinite for a delta of zero."""
+        return self.room(dtype) / self.norm if self.norm else float("inf")
+
 
 def delta_norm(pair: Pair) -> float:
     """``|| scale * up @ down ||_F``."""
@@ -182,9 +180,8 @@ def delta_norm(pair: Pair) -> float:
 
 
 def relative_room(pair: Pair, dtype: str = "") -> float:
-    """:meth:`Grams.room` relative to the norm of the delta; infinite for a delta of zero."""
-    grams = Grams.of(pair)
-    return grams.room(dtype) / grams.norm if grams.norm else float("inf")
+    """:meth:`Grams.relative_room`."""
+    return Grams.of(pair).relative_room(dtype)
 
 
 def _spectral(gram: Array) -> float:
@@ -201,15 +198,30 @@ def projection(one: Pair, other: Pair) -> tuple[float, float]:
 
     ``c = <D1, D2> / <D1, D1>`` by traces of rank-sized products; both 0 where a delta is zero or shapes differ.
     """
+    return likeness(one, other)[:2]
+
+
+def likeness(one: Pair, other: Pair) -> tuple[float, float, float]:
+    """``(c, rest, tolerance)``: those of :func:`projection` and :func:`tolerance`."""
     import numpy as np
 
-    if not one.fits(other):
-        return 0.0, float("inf")
-    own, size = inner(one, one), delta_norm(other)
-    if not own > 0 or not size > 0 or not np.isfinite(size):
-        return 0.0, float("inf")
+    first, second = Grams.of(one), Grams.of(other)
+    room, own, size = _tolerance(first, second), first.norm**2, second.norm
+    if not one.fits(other) or not 0 < own < np.inf or not 0 < size < np.inf:
+        return 0.0, float("inf"), room
     constant = inner(one, other) / own
-    return constant, distance(replace(one, scale=float(one.scale) * constant), other) / size
+    return constant, distance(replace(one, scale=float(one.scale) * constant), other) / size, room
+
+
+def tolerance(one: Pair, other: Pair) -> float:
+    """The relative error that is no difference: what the roundings of either side's stored numbers can make; 0 where a
+    delta is zero, which is like no other."""
+    return _tolerance(Grams.of(one), Grams.of(other))
+
+
+def _tolerance(one: Grams, other: Grams) -> float:
+    room = max(one.relative_room(), other.relative_room())
+    return room if room < float("inf") else 0.0
 
 
 def is_zero(pair: Pair) -> bool:

@@ -21,9 +21,11 @@ from loraconv.verifier.delta import (
     held,
     is_finite,
     is_zero,
+    likeness,
     projection,
     relative_room,
     rounded_through,
+    tolerance,
     transposed,
 )
 from loraconv.verifier.numbers import Pair
@@ -113,13 +115,6 @@ def _by_name(missing: list[str], extra: list[str]) -> Iterator[Finding]:
         yield finding("extra", "only the second has", extra, _AGAIN)
 
 
-def _tolerance(one: Pair, other: Pair) -> float:
-    """The relative error that is no difference: what the roundings of either side's stored numbers can make; 0 where a
-    delta is zero, which is like no other."""
-    room = max(relative_room(one), relative_room(other))
-    return room if math.isfinite(room) else 0.0
-
-
 def _nonfinite(two: _Two, left: list[str]) -> Iterator[Finding]:
     found = in_parallel(lambda m: (not is_finite(two.one[m]), not is_finite(two.other[m])), left)
     bad = dict(zip(left, found, strict=True))
@@ -136,8 +131,8 @@ def _nonfinite(two: _Two, left: list[str]) -> Iterator[Finding]:
 def _scaled(two: _Two, left: list[str]) -> Iterator[Finding]:
     """Modules whose delta is the other's times one constant."""
     by_constant: dict[float, list[str]] = {}
-    for module, (constant, rest, tolerance) in zip(left, in_parallel(partial(_ratio, two), left), strict=True):
-        if rest <= tolerance and abs(constant - 1) > tolerance:
+    for module, (constant, rest, room) in zip(left, in_parallel(partial(_ratio, two), left), strict=True):
+        if rest <= room and abs(constant - 1) > room:
             near = next((c for c in by_constant if _alike(c, constant)), constant)
             by_constant.setdefault(near, []).append(module)
     for constant, modules in by_constant.items():
@@ -151,8 +146,7 @@ def _scaled(two: _Two, left: list[str]) -> Iterator[Finding]:
 
 def _ratio(two: _Two, module: str) -> tuple[float, float, float]:
     """The constant between two deltas of a module, the relative error left with it, and how much of that is none."""
-    pair, second = held(two.one[module]), held(two.other[module])
-    return *projection(pair, second), _tolerance(pair, second)
+    return likeness(held(two.one[module]), held(two.other[module]))
 
 
 def _alike(one: float, other: float) -> bool:
@@ -228,12 +222,12 @@ def _share(whole: Pair, part: Pair) -> float | None:
     squares = [value**2 for value in singular_values(whole)]
     norm, rest = math.sqrt(math.fsum(squares)), math.sqrt(math.fsum(squares[low:]))
     error = distance(whole, part)
-    return 1 - (error / norm) ** 2 if norm and error <= rest + _tolerance(whole, part) * norm else None
+    return 1 - (error / norm) ** 2 if norm and error <= rest + tolerance(whole, part) * norm else None
 
 
 def _matches(one: Pair, other: Pair) -> bool:
-    constant, rest = projection(one, other)
-    return rest <= _tolerance(one, other) and abs(constant - 1) <= _tolerance(one, other)
+    constant, rest, room = likeness(held(one), held(other))
+    return rest <= room and abs(constant - 1) <= room
 
 
 def _permuted(two: _Two, left: list[str], partner: Callable[[str], str | None]) -> dict[str, str]:

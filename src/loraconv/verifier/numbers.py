@@ -251,6 +251,21 @@ def product_norm(up: Array, down: Array) -> float:
     return _norm(left @ right.T)
 
 
+def gram_norm(up: Array, down: Array) -> float:
+    """``|| up @ down ||_F`` through the Gram matrices."""
+    return norm_by_grams(up, down, up.T @ up, down @ down.T)
+
+
+def norm_by_grams(up: Array, down: Array, gram_up: Array, gram_down: Array) -> float:
+    """The same from Gram matrices that are there: several times as fast as a QR, and as exact unless the factors nearly
+    cancel each other, where that is taken."""
+    import numpy as np
+
+    square = float(np.sum(gram_up * gram_down))
+    exact = square > 2.0**-12 * float(np.trace(gram_up)) * float(np.trace(gram_down))
+    return float(np.sqrt(square)) if exact and np.isfinite(square) else product_norm(up, down)
+
+
 def difference_norm(up: Array, down: Array, other_up: Array, other_down: Array) -> float:
     """``|| up @ down - other_up @ other_down ||_F``, at rank size; infinite for NaN or Inf.
 
@@ -262,6 +277,9 @@ def difference_norm(up: Array, down: Array, other_up: Array, other_down: Array) 
 
     if not all(np.isfinite(factor).all() for factor in (up, down, other_up, other_down)):
         return float("inf")
+    for gap, same in (((up, other_up), (down, other_down)), ((down.T, other_down.T), (up.T, other_up.T))):
+        if np.array_equal(*same):  # as where only alpha differs: then one factor of the difference is known
+            return gram_norm(gap[0] - gap[1], same[0])
     gram, across, other_gram = up.T @ up, up.T @ other_up, other_down @ other_down.T
     turn = _least_squares(gram, across)
     first, second = down - turn @ other_down, up @ turn - other_up
