@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import math
+import shutil
+import sysconfig
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from diffusers import CogVideoXTransformer3DModel
@@ -288,3 +291,11 @@ def inputs_of(spec: RunSpec, dtype: torch.dtype = torch.float32) -> Tensors:
     if spec.variant == "1.5-5b-i2v":
         made["ofs"] = torch.tensor([2.0]).to(dtype)
     return made
+
+
+def refuse_to_skip_compiled_parts() -> None:
+    """Skip, loudly, what tests the compiled parts of fuse, where they could not be built; fail where they could."""
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    if shutil.which("cc") and headers.exists():
+        pytest.fail("there is a C compiler, but loraconv was installed without its compiled parts: pip install -e .")
+    pytest.skip("COMPILED PARTS NOT TESTED: there is no C compiler or no Python.h, so that they were not built")

@@ -113,8 +113,12 @@ def test_ordinary_factors_are_measured_without_the_slower_way(monkeypatch: pytes
     monkeypatch.setattr("loraconv.verifier.numbers.product_norm", product_norm)
     rng = np.random.default_rng(0)
     up, down, other = rng.normal(size=(30, 4)), rng.normal(size=(4, 20)), rng.normal(size=(30, 4))
+    turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
     for second in (other, up * (1 + 1e-5)):
-        assert difference_norm(up, down, second, down) == pytest.approx(np.linalg.norm((up - second) @ down), rel=1e-6)
+        right = pytest.approx(np.linalg.norm((up - second) @ down), rel=1e-6)
+        assert difference_norm(up, down, second, down) == right
+        assert difference_norm(down.T, up.T, down.T, second.T) == right
+        assert difference_norm(up, down, second @ turn, turn.T @ down) == right
 
 
 def test_no_factor_that_is_infinite_has_a_distance() -> None:

@@ -6,7 +6,6 @@ Truth here: fractions of whole numbers, and a table of all numbers of a 16-bit d
 from __future__ import annotations
 
 import bisect
-import shutil
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from loraconv.fusion import merging
 from loraconv.fusion.merging import Term, blocks, cast_rows, merge_rows, stack
 from loraconv.io.input_file import InputFile
 from loraconv.lazy import TensorRef
+from tests.support import refuse_to_skip_compiled_parts
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 Given = tuple[torch.Tensor, torch.Tensor, Fraction]
@@ -85,8 +85,7 @@ def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if request.param == "numpy":
         monkeypatch.setattr(merging, "_rounding", None)
     elif merging._rounding is None:
-        assert not shutil.which("cc"), "there is a compiler, but loraconv was installed without its compiled parts"
-        pytest.skip("COMPILED SUMS NOT TESTED: there is no C compiler, so that they were not built")
+        refuse_to_skip_compiled_parts()
     return str(request.param)
 
 
@@ -334,7 +333,7 @@ def test_most_numbers_are_settled_in_float32(tmp_path: Path, size: float, dtype:
     factors = stack([Term(reference(tmp_path, up, "u"), reference(tmp_path, down, "d"), Fraction(1))])
     with np.errstate(all="ignore"):
         bits, doubtful = merging._sum_single(b"".join(ref.pieces()), ref, factors, dtype)
-    assert 0 < len(doubtful) < 0.01 * bits.size
+    assert 0 < len(doubtful) < 1.5 * merging._SOME * bits.size
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])

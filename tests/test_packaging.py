@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from loraconv.fusion import merging
+from tests.support import refuse_to_skip_compiled_parts
+
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.packaging
 
@@ -35,10 +38,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def build(sources: Path, place: Path, hook: str) -> Path:
+def build(sources: Path, place: Path, hook: str, **env: str) -> Path:
     """Call the build backend itself, with the setuptools that is installed."""
     code = f"import setuptools.build_meta as b; print(b.{hook}({str(place)!r}))"
-    return place / run(sys.executable, "-c", code, cwd=sources).splitlines()[-1]
+    return place / run(sys.executable, "-c", code, cwd=sources, **env).splitlines()[-1]
 
 
 def installed(wheel: Path, place: Path) -> Path:
@@ -68,6 +71,22 @@ def test_the_wheel_holds_every_package_and_runs(sources: Path, tmp_path: Path) -
         assert needed in names
     assert sum(n.endswith("training_config.yaml") for n in names) == 1
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "converters/", "fixtures/"))]
+    check(installed(wheel, tmp_path / "site"), tmp_path)
+
+
+def test_one_wheel_serves_every_version_of_python_and_holds_the_compiled_parts(sources: Path, tmp_path: Path) -> None:
+    if merging._rounding is None:
+        refuse_to_skip_compiled_parts()
+    wheel = build(sources, tmp_path, "build_wheel")
+    assert "-cp311-abi3-" in wheel.name
+    compiled = sorted(name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so"))
+    assert [name.rpartition("/")[2] for name in compiled] == ["_rounding.abi3.so", "_cells.abi3.so"]
+
+
+def test_without_a_compiler_everything_runs_all_the_same(sources: Path, tmp_path: Path) -> None:
+    shutil.rmtree(sources / "build", ignore_errors=True)
+    wheel = build(sources, tmp_path, "build_wheel", CC="/bin/false")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
     check(installed(wheel, tmp_path / "site"), tmp_path)
 
 

@@ -7,7 +7,6 @@ peft fuse too. Nothing of the library makes an expected value.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -23,7 +22,7 @@ import loraconv
 from loraconv.cli import run as cli
 from loraconv.errors import FormatError, LoraconvError, UsageError
 from tests.sat_run import build
-from tests.support import expected, merged, scale_of, small
+from tests.support import expected, merged, refuse_to_skip_compiled_parts, scale_of, small
 
 Arrays = dict[str, Any]
 Fuse = Callable[["Made"], Arrays]
@@ -864,8 +863,7 @@ def test_compiled_and_numpy_count_the_same(
     from loraconv.verifier.fused import rounding
 
     if rounding._cells is None:
-        assert not shutil.which("cc"), "there is a compiler, but loraconv was installed without its compiled parts"
-        pytest.skip("COMPILED COMPARISON NOT TESTED: there is no C compiler, so that it was not built")
+        refuse_to_skip_compiled_parts()
     rng = np.random.default_rng(3)
     base = nearest(rng.normal(size=(90, 1030)) * size, dtype)
     up, down = rng.normal(size=(90, 20)) * size / 8, rng.normal(size=(20, 1030)) / 8
@@ -896,7 +894,7 @@ def test_what_is_nearer_to_the_edge_of_a_cell_than_the_error_stays_open(sign: in
     from loraconv.verifier.fused import rounding
 
     if rounding._cells is None:
-        pytest.skip("COMPILED COMPARISON NOT TESTED: there is no C compiler, so that it was not built")
+        refuse_to_skip_compiled_parts()
     unit = 2.0 ** (max(least, -14) - 10)  # the distance of float16's numbers there
     error, number = unit / 64, 2.0**least + 4 * unit
     inside = np.array([0.0, 0.3, 0.5 - 1.5 / 64, 0.5 - 0.5 / 64, 0.5 + 0.5 / 64, 0.7])

@@ -35,7 +35,9 @@ DTYPES = ("F16", "BF16", "F32")
 BLOCK = 1 << 19
 #: From this share of undecided elements on, a product in float64 is faster than picking them out, and from this one on
 #: float64 for the whole sum.
-_SOME, _MANY = 1 / 128, 1 / 16
+_SOME, _MANY = 1 / 128 if _rounding is None else 1 / 24, 1 / 16
+#: Products that are added up in float32 in one go.
+_SUM = 128
 
 #: dtype -> (bits by which float32 is longer, power of two that takes the dtype's exponents to those of float32).
 _NARROW = {"F16": (13, -112), "BF16": (16, 0)}
@@ -212,21 +214,26 @@ def _round_sums(raw: bytes, ref: TensorRef, product: Array, error: Array, dtype:
 def _product(factors: Factors, raw: bytes, stored: str, dtype: str) -> tuple[Array, int]:
     """The product in float32, and by how many of its roundings it may be off.
 
-    In any order of summation, n products are within n roundings of ``|up| @ |down|``, plus three in the factors. Where
-    that would leave many elements doubtful, because the delta is not small against the base, the product is made in
+    In any order of summation, n products are within n roundings of ``|up| @ |down|``, plus three in the factors; so long
+    sums are made in parts, and each of those costs one more. Where that would leave many elements doubtful, because the delta is not small against the base, the product is made in
     float64 and rounded to float32 once. ``raw`` are the base's numbers, of the dtype ``stored``.
     """
     import numpy as np
 
     bits, smallest = _GRID[dtype][:2]
-    count = factors.up.shape[1] + 3
+    ranks = factors.up.shape[1]
+    parts = [slice(first, first + _SUM) for first in range(0, max(1, ranks), _SUM)]
+    count = min(ranks, _SUM) + len(parts) + 2
     every = np.frombuffer(raw, dtype=f"V{DTYPE_BYTES[stored]}")
     sample = np.abs(decode(every[:: max(1, every.size >> 10)].tobytes(), stored))
     units = np.maximum(sample * 2.0 ** (1 - bits), 2.0**smallest)
     error = count * 2.0**-24 * float(factors.rows.max()) * float(factors.columns.mean()) if every.size else 0.0
     if float(np.minimum(2 * error / units, 1).sum()) > _SOME * len(sample):
         return (factors.up @ factors.down.T).astype(np.float32), 1
-    return factors.single_up @ factors.single_down, count
+    product: Array = factors.single_up[:, parts[0]] @ factors.single_down[parts[0]]
+    for part in parts[1:]:
+        product += factors.single_up[:, part] @ factors.single_down[part]
+    return product, count
 
 
 def _error(factors: Factors, roundings: int, shift: int) -> Array:

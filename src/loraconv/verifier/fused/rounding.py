@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 #: Bytes of a block of rows: large enough that calls cost little, small enough for a processor's cache.
 BLOCK_BYTES = 1 << 19
 #: Above this share of unsettled elements, float64 for all of a block takes less time than picking them out.
-MANY = 1 / 50
+MANY = 1 / 50 if _cells is None else 1 / 10
+#: Products that are added up in float32 in one go.
+_SUM = 128
 #: What float64 leaves of a delta that is no product, relative: norms of up to 4096 numbers, each off by a unit or two.
 _OF_WHOLE = 2.0**-40
 #: Factors count as at least this large in the bound, which so covers what float32 loses of the smallest products.
@@ -239,12 +241,16 @@ def _unconfirmed(base: Array, stored: Array, delta: Delta, start: int, dtype: st
 
 def _product(delta: Delta, start: int, stop: int, work: Any) -> tuple[Array, float]:
     """Rows of the delta in the dtype that is worked in, and what ``|up_i| |down_j|`` times is a bound on their error:
-    the unit roundoff times the length of the sums."""
+    the unit roundoff times the length of the sums, which is why long ones are made in parts."""
     import numpy as np
 
     if work == np.float64:
         return delta.rows(start, stop), (delta.rank + 8) * 2.0**-53
-    return delta.up32[start:stop] @ delta.down32, (delta.rank + 8) * 2.0**-24
+    parts = [slice(first, first + _SUM) for first in range(0, max(1, delta.rank), _SUM)]
+    product: Array = delta.up32[start:stop, parts[0]] @ delta.down32[parts[0]]
+    for part in parts[1:]:
+        product += delta.up32[start:stop, part] @ delta.down32[part]
+    return product, (min(_SUM, delta.rank) + len(parts) + 8) * 2.0**-24
 
 
 def _unsettled(exact: Array, stored: Array, room: Array, dtype: str) -> Array:
