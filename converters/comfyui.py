@@ -33,7 +33,11 @@ COMFYUI = Dialect(
     default_alpha="rank",
     default_why="ComfyUI applies scale 1 (alpha = rank) where there is no alpha tensor",
     convolutions=True,
-    carries=("any module", "a rank and an alpha for each module", "LoHa, LoKr, full differences, Tucker cores, DoRA"),
+    carries=(
+        "any module",
+        "a rank and an alpha for each module",
+        "LoHa, LoKr, full differences, Tucker cores, DoRA, norm layers",
+    ),
     cannot_carry=("alpha for diffusers, whose loaders of HunyuanVideo, LTX-Video and others do not read it",),
     facts="comfyanonymous/ComfyUI comfy/lora.py, comfy/weight_adapter/lora.py",
 )  # fmt: skip

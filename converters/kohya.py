@@ -32,7 +32,11 @@ KOHYA = Dialect(
     default_alpha="rank",
     default_why="kohya's loaders take alpha = rank where there is no alpha tensor",
     convolutions=True,
-    carries=("any module", "a rank and an alpha for each module", "LoHa, LoKr, full differences, Tucker cores, DoRA"),
+    carries=(
+        "any module",
+        "a rank and an alpha for each module",
+        "LoHa, LoKr, full differences, Tucker cores, DoRA, norm layers",
+    ),
     cannot_carry=("rsLoRA as such: its square root is counted into alpha",),
     facts="kohya-ss/sd-scripts networks/lora.py, lora_flux.py; kohya-ss/musubi-tuner networks/lora.py",
 )  # fmt: skip

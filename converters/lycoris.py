@@ -21,7 +21,11 @@ LYCORIS = Dialect(
     separator="_",
     default_alpha="rank",
     default_why="LyCORIS takes alpha = rank where there is no alpha tensor",
-    carries=("any module", "a rank and an alpha for each module", "LoHa, LoKr, full differences, Tucker cores, DoRA"),
+    carries=(
+        "any module",
+        "a rank and an alpha for each module",
+        "LoHa, LoKr, full differences, Tucker cores, DoRA, norm layers",
+    ),
     cannot_carry=("rsLoRA as such: its square root is counted into alpha",),
     facts="KohakuBlueleaf/LyCORIS lycoris/wrapper.py, lycoris/modules",
 )

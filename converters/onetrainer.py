@@ -22,7 +22,7 @@ ONETRAINER = Dialect(
     default_alpha="rank",
     default_why="OneTrainer takes alpha = rank where there is no alpha tensor",
     convolutions=True,
-    carries=("any module of the transformer", "a rank and an alpha for each module", "LoHa, DoRA"),
+    carries=("any module of the transformer", "a rank and an alpha for each module", "LoHa, DoRA, norm layers"),
     cannot_carry=("rsLoRA as such: its square root is counted into alpha",),
     facts="Nerogar/OneTrainer modules/module/LoRAModule.py",
 )

@@ -16,6 +16,8 @@ from lycoris.modules.full import FullModule
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
+from lycoris.modules.norms import NormModule as NormModule
+from lycoris.wrapper import create_lycoris
 from safetensors.torch import save_file
 
 Tensors = dict[str, torch.Tensor]
@@ -87,3 +89,14 @@ def delta_of(module: Any) -> torch.Tensor:
         # This is what forward adds; get_diff_weight of LyCORIS 4.1.3 multiplies it by the scale once more.
         return module.get_weight(shape).detach()
     return module.get_diff_weight(1, shape)[0].detach().reshape(shape)
+
+
+def wrapped(model: torch.nn.Module) -> Any:
+    """LyCORIS' own wrapper on a model: LoKr and norms, applied, all numbers random."""
+    network = create_lycoris(model, 1.0, linear_dim=2, linear_alpha=1, algo="lokr", factor=2, train_norm=True)
+    network.apply_to()
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return network

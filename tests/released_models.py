@@ -179,6 +179,13 @@ def convolutions(family: str, model: str) -> frozenset[str]:
 
 
 @cache
+def norms(family: str, model: str) -> Mapping[str, tuple[int, int]]:
+    """Name -> its numbers, and 1, of every norm layer that has a weight: no other module's weight is a vector."""
+    found = {n: getattr(m, "weight", None) for n, m in _named(family, model).items() if not isinstance(m, LINEAR)}
+    return {n: (len(w), 1) for n, w in found.items() if isinstance(w, torch.nn.Parameter) and w.ndim == 1}
+
+
+@cache
 def others(family: str, model: str) -> frozenset[str]:
     """The names of all other modules: norms, activations, and what holds modules."""
     return frozenset(n for n, m in _named(family, model).items() if not isinstance(m, LINEAR))

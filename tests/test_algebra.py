@@ -110,18 +110,6 @@ def test_tensors_that_do_not_fit_together_are_refused(shapes: dict[str, tuple[in
     assert not (tmp_path / "out").exists()
 
 
-def test_differences_of_norms_are_refused_with_the_way_past_them(tmp_path: Path) -> None:
-    saved("lora", tmp_path / "in")
-    file = tmp_path / "in" / "lycoris.safetensors"
-    norm = {f"lora_unet_blocks_0_self_attn_norm_q.{side}": torch.ones(24) for side in ("w_norm", "b_norm")}
-    save_file({**load_file(file), **norm}, file)
-    with pytest.raises(FormatError, match="differences of norm layers") as caught:
-        loraconv.convert(file, out=tmp_path / "out", to="peft", family="wan")
-    assert caught.value.slug == "module-unknown"
-    assert "--drop '*_norm'" in caught.value.hint
-    loraconv.convert(file, out=tmp_path / "out", to="peft", family="wan", drop=["*_norm"])
-
-
 def test_a_module_of_two_kinds_is_refused(tmp_path: Path) -> None:
     saved("loha", tmp_path / "in")
     file = tmp_path / "in" / "lycoris.safetensors"

@@ -21,7 +21,7 @@ from diffusers.utils import (
 )
 
 from loraconv.registry import families
-from tests.released_models import ALL, adaptable, components
+from tests.released_models import ALL, adaptable, components, norms
 
 SPELLINGS = {f.name: f.spellings["original"] for f in families() if "original" in f.spellings}
 
@@ -29,10 +29,12 @@ Tensors = dict[str, torch.Tensor]
 
 
 @cache
-def both(family: str, model: str) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
-    """Rows by original module name, and by diffusers name as the table deals them out."""
+def both(
+    family: str, model: str, *, whole: bool = False
+) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+    """Rows by original module name, and by diffusers name as the table deals them out; of norms too, if ``whole``."""
     spelling = SPELLINGS[family]
-    sizes = adaptable(family, model)
+    sizes = {**adaptable(family, model), **(norms(family, model) if whole else {})}
     theirs: Tensors = {}
     ours: Tensors = {}
     start = 0
@@ -86,7 +88,7 @@ SINGLE_FILE: Mapping[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize(("family", "model"), [(f, m) for f, m in ALL if f in SINGLE_FILE])
 def test_a_whole_model_is_read_as_diffusers_reads_it(family: str, model: str) -> None:
-    theirs, ours = both(family, model)
+    theirs, ours = both(family, model, whole=True)
     checkpoint = Complete(parameters(theirs))
     read = SINGLE_FILE[family](checkpoint)
     assert {name for name in checkpoint.invented if name.rpartition(".")[0] in theirs} == set()
@@ -94,20 +96,28 @@ def test_a_whole_model_is_read_as_diffusers_reads_it(family: str, model: str) ->
 
 
 def test_z_image_is_read_as_diffusers_reads_it() -> None:
-    """The projections of its attention have no bias, and diffusers would leave one of q, k and v in one."""
-    theirs, ours = both("z-image", "Z-Image, Z-Image-Turbo")
-    weights = {name: rows for name, rows in parameters(theirs).items() if not name.endswith(".qkv.bias")}
+    """The projections and norms of its attention have no bias, which diffusers would leave as it is."""
+    theirs, ours = both("z-image", "Z-Image, Z-Image-Turbo", whole=True)
+    weights = {
+        name: rows for name, rows in parameters(theirs).items() if not re.search(r"(qkv|[qk]_norm)\.bias$", name)
+    }
     assert_same(ours, whole.convert_z_image_transformer_checkpoint_to_diffusers(weights))
 
 
 def test_the_unet_of_sdxl_is_read_as_diffusers_reads_it() -> None:
-    theirs, ours = ({n[5:]: t for n, t in side.items() if n.startswith("unet.")} for side in both("sdxl", "SDXL 1.0"))
+    sides = both("sdxl", "SDXL 1.0", whole=True)
+    theirs, ours = ({n[5:]: t for n, t in side.items() if n.startswith("unet.")} for side in sides)
     checkpoint = {f"model.diffusion_model.{name}": rows for name, rows in parameters(theirs).items()}
     assert_same(ours, whole.convert_ldm_unet_checkpoint(checkpoint, components("sdxl", "SDXL 1.0")["unet"].config))
 
 
 def parameters(modules: Mapping[str, torch.Tensor]) -> Tensors:
-    return {f"{name}.{param}": rows for name, rows in modules.items() for param in ("weight", "bias")}
+    """What a module may have; FLUX calls the weight of a norm its scale."""
+    return {
+        f"{name}.{param}": rows
+        for name, rows in modules.items()
+        for param in ("weight", "bias", *(["scale"] if name.endswith(("query_norm", "key_norm")) else []))
+    }
 
 
 def assert_same(ours: Mapping[str, torch.Tensor], read: Mapping[str, torch.Tensor]) -> None:

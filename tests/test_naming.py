@@ -30,7 +30,8 @@ WAYS = [
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_module_has_a_name_of_its_own_that_leads_back_to_it(way: Naming) -> None:
-    templates = way.spelling.heres if way.spelling else way.family.modules
+    own = (*way.family.modules, *way.family.norms)
+    templates = (*way.spelling.heres, *way.spelling.norm_heres) if way.spelling else own
     # Where one prefix stands before several components, the file does not say which of them it is.
     told = len(set(way.prefixes.values())) == len(way.prefixes)
     for template in templates:
@@ -57,7 +58,7 @@ def rows_of(chunks: tuple[int, ...], of: int) -> list[int]:
 @pytest.mark.parametrize("family", ORIGINAL, ids=lambda family: family.name)
 def test_the_proof_and_the_table_say_the_same_of_every_original_name(family: Family) -> None:
     fields = {"i": "7", "j": "3"}
-    rules = family.spellings["original"].rules
+    rules = (*family.spellings["original"].rules, *family.spellings["original"].norms)
     said = here([fill(rule.there, fields) for rule in rules], original=True)
     for rule, shares in zip(rules, said, strict=True):
         for ratio in {1.0, getattr(rule, "ratio", 1.0)}:

@@ -82,8 +82,19 @@ def test_a_real_file_that_no_dialect_reads_is_refused_and_not_read_in_part(liste
     write_headers(listed, tmp_path / "in")
     with pytest.raises(FormatError) as caught:
         loraconv.convert(listed.within(tmp_path / "in"), out=tmp_path / "out", to="diffusers")
-    assert caught.value.slug in ("format-unknown", "module-unknown")
+    assert caught.value.slug in ("format-unknown", "module-unknown", "another-kind")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_control_lora_of_flux_is_refused_with_what_reads_it(tmp_path: Path) -> None:
+    listed = next(one for one in REFUSED if one.name == "bfl-control/flux-depth")
+    write_headers(listed, tmp_path / "in")
+    for command in (loraconv.inspect, lambda path: loraconv.convert(path, out=tmp_path / "out", to="diffusers")):
+        with pytest.raises(FormatError, match="FLUX control") as caught:
+            command(listed.within(tmp_path / "in"))
+        assert caught.value.slug == "another-kind"
+        assert "whole norm layers" in caught.value.why
+        assert "FluxControlPipeline.load_lora_weights" in caught.value.hint
 
 
 def named(name: str) -> PublicList:

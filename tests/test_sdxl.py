@@ -20,7 +20,7 @@ from loraconv.rules import fill
 from loraconv.verifier.pipeline_names import of_pipeline
 from tests.dialect_files import FORMATS, PIPELINE, component_of, deltas, write
 from tests.public_lists import every_step, public_lists
-from tests.released_models import adaptable, components
+from tests.released_models import adaptable, components, norms
 from tests.support import header
 from tests.test_namespace_oracles import SPELLINGS
 
@@ -188,7 +188,7 @@ def test_the_parts_of_a_split_merge_to_the_whole(tmp_path: Path) -> None:
 def test_the_proof_has_its_own_names_for_every_module(original: bool, flat: bool) -> None:
     """The verifier counts blocks where the table lists them: both say the same of every module of the real model."""
     prefixes = {f"{component}/": component for component in PIPELINE}
-    modules = sorted(adaptable("sdxl", "SDXL 1.0"))
+    modules = sorted([*adaptable("sdxl", "SDXL 1.0"), *norms("sdxl", "SDXL 1.0")])
     written = []
     for module in modules:
         component, name = component_of((SPELLINGS["sdxl"].find_part(module) or (module,))[0] if original else module)

@@ -90,6 +90,15 @@ MODULES = (
     "proj_out",
 )
 
+NORMS = (
+    "transformer_blocks.{i}.norm1.norm",
+    "transformer_blocks.{i}.attn1.norm_q",
+    "transformer_blocks.{i}.attn1.norm_k",
+    "transformer_blocks.{i}.norm2.norm",
+    "norm_final",
+    "norm_out.norm",
+)
+
 _NETWORK = "model.network_config.params"
 
 _HEAD_DIM = "mixins.adaln_layer.query_layernorm_list.0.weight"
@@ -167,6 +176,7 @@ COGVIDEOX = Family(
     component="transformer",
     modules=MODULES,
     convolutions=("patch_embed.proj",),
+    norms=NORMS,
     spellings={"sat": SAT},
     settings=SETTINGS,
     positions=(

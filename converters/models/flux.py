@@ -5,7 +5,7 @@ Facts: black-forest-labs/flux ``src/flux/modules/layers.py`` and ``model.py``, h
 feed-forward. The last modulation is shift and scale, in diffusers scale and shift.
 """
 
-from loraconv.rules import Blocks, Family, Fused, Regrouped, Rename, Spelling
+from loraconv.rules import Blocks, Family, Fused, Norm, Regrouped, Rename, Spelling
 
 ORIGINAL = Spelling(
     rules=(
@@ -60,6 +60,19 @@ ORIGINAL = Spelling(
         Regrouped("final_layer.adaLN_modulation.1", {"norm_out.linear": (1, 0)}),
         Rename("final_layer.linear", "proj_out"),
     ),
+    norms=(
+        *Blocks(
+            {"double_blocks.{i}": "transformer_blocks.{i}"},
+            {
+                "img_attn.norm.query_norm": "attn.norm_q",
+                "img_attn.norm.key_norm":   "attn.norm_k",
+                "txt_attn.norm.query_norm": "attn.norm_added_q",
+                "txt_attn.norm.key_norm":   "attn.norm_added_k",
+            },
+        ).norms,
+        Norm("single_blocks.{i}.norm.query_norm", "single_transformer_blocks.{i}.attn.norm_q"),
+        Norm("single_blocks.{i}.norm.key_norm", "single_transformer_blocks.{i}.attn.norm_k"),
+    ),
 )  # fmt: skip
 
 #: XLabs' trainer puts its layers into attention processors. A single block's first linear layer has another use for the
@@ -102,5 +115,6 @@ FLUX = Family(
     model_class="FluxTransformer2DModel",
     component="transformer",
     modules=ORIGINAL.heres,
+    norms=ORIGINAL.norm_heres,
     spellings={"original": ORIGINAL, "xlabs": XLABS},
 )

@@ -81,6 +81,25 @@ ORIGINAL = Spelling(
         Regrouped("final_layer.adaLN_modulation.1", {"norm_out.linear": (1, 0)}),
         Rename("final_layer.linear", "proj_out"),
     ),
+    norms=(
+        *Blocks(
+            {"double_blocks.{i}": "transformer_blocks.{i}"},
+            {
+                "img_attn_q_norm": "attn.norm_q",
+                "img_attn_k_norm": "attn.norm_k",
+                "txt_attn_q_norm": "attn.norm_added_q",
+                "txt_attn_k_norm": "attn.norm_added_k",
+            },
+        ).norms,
+        *Blocks(
+            {"single_blocks.{i}": "single_transformer_blocks.{i}"},
+            {"q_norm": "attn.norm_q", "k_norm": "attn.norm_k"},
+        ).norms,
+        *Blocks(
+            {"txt_in.individual_token_refiner.blocks.{i}": "context_embedder.token_refiner.refiner_blocks.{i}"},
+            {"norm1": "norm1", "norm2": "norm2"},
+        ).norms,
+    ),
 )  # fmt: skip
 
 HUNYUAN_VIDEO = Family(
@@ -90,5 +109,6 @@ HUNYUAN_VIDEO = Family(
     component="transformer",
     modules=ORIGINAL.heres,
     convolutions=("x_embedder.proj",),
+    norms=ORIGINAL.norm_heres,
     spellings={"original": ORIGINAL},
 )

@@ -4,7 +4,7 @@ Facts: Lightricks/LTX-Video ``ltx_video/models/transformers/transformer3d.py``, 
 ``models/transformers/transformer_ltx.py``.
 """
 
-from loraconv.rules import Family, Rename, Same, Spelling
+from loraconv.rules import Blocks, Family, Rename, Same, Spelling
 
 ORIGINAL = Spelling(
     rules=(
@@ -30,6 +30,15 @@ ORIGINAL = Spelling(
         Rename("adaln_single.emb.timestep_embedder.linear_2", "time_embed.emb.timestep_embedder.linear_2"),
         Rename("adaln_single.linear", "time_embed.linear"),
     ),
+    norms=Blocks(
+        {"transformer_blocks.{i}": "transformer_blocks.{i}"},
+        {
+            "attn1.q_norm": "attn1.norm_q",
+            "attn1.k_norm": "attn1.norm_k",
+            "attn2.q_norm": "attn2.norm_q",
+            "attn2.k_norm": "attn2.norm_k",
+        },
+    ).norms,
 )
 
 LTX_VIDEO = Family(
@@ -38,5 +47,6 @@ LTX_VIDEO = Family(
     model_class="LTXVideoTransformer3DModel",
     component="transformer",
     modules=ORIGINAL.heres,
+    norms=ORIGINAL.norm_heres,
     spellings={"original": ORIGINAL},
 )

@@ -54,6 +54,15 @@ ORIGINAL = Spelling(
         Regrouped("final_layer.mod", {"norm_out.linear": (1, 0)}),
         Rename("final_layer.linear", "proj_out"),
     ),
+    norms=Blocks(
+        {"blocks.{i}": "transformer_blocks.{i}"},
+        {
+            "attn.q_norm_x": "attn1.norm_q",
+            "attn.k_norm_x": "attn1.norm_k",
+            "attn.q_norm_y": "attn1.norm_added_q",
+            "attn.k_norm_y": "attn1.norm_added_k",
+        },
+    ).norms,
 )  # fmt: skip
 
 MOCHI = Family(
@@ -63,5 +72,6 @@ MOCHI = Family(
     component="transformer",
     modules=ORIGINAL.heres,
     convolutions=("patch_embed.proj",),
+    norms=ORIGINAL.norm_heres,
     spellings={"original": ORIGINAL},
 )

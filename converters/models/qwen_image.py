@@ -30,6 +30,15 @@ ORIGINAL = Spelling(
             "proj_out",
         )
     ).renames,
+    norms=Same(
+        (
+            "transformer_blocks.{i}.attn.norm_q",
+            "transformer_blocks.{i}.attn.norm_k",
+            "transformer_blocks.{i}.attn.norm_added_q",
+            "transformer_blocks.{i}.attn.norm_added_k",
+            "txt_norm",
+        )
+    ).norms,
 )
 
 QWEN_IMAGE = Family(
@@ -38,5 +47,6 @@ QWEN_IMAGE = Family(
     model_class="QwenImageTransformer2DModel",
     component="transformer",
     modules=ORIGINAL.heres,
+    norms=ORIGINAL.norm_heres,
     spellings={"original": ORIGINAL},
 )

@@ -61,6 +61,17 @@ ORIGINAL = Spelling(
         Regrouped("final_layer.adaLN_modulation.1", {"norm_out.linear": (1, 0)}),
         Rename("final_layer.linear", "proj_out"),
     ),
+    norms=Blocks(
+        {"joint_blocks.{i}": "transformer_blocks.{i}"},
+        {
+            "x_block.attn.ln_q":       "attn.norm_q",
+            "x_block.attn.ln_k":       "attn.norm_k",
+            "x_block.attn2.ln_q":      "attn2.norm_q",
+            "x_block.attn2.ln_k":      "attn2.norm_k",
+            "context_block.attn.ln_q": "attn.norm_added_q",
+            "context_block.attn.ln_k": "attn.norm_added_k",
+        },
+    ).norms,
 )  # fmt: skip
 
 SD3 = Family(
@@ -70,5 +81,6 @@ SD3 = Family(
     component="transformer",
     modules=ORIGINAL.heres,
     convolutions=("pos_embed.proj",),
+    norms=ORIGINAL.norm_heres,
     spellings={"original": ORIGINAL},
 )

@@ -5,7 +5,7 @@ Facts: Stability-AI/generative-models ``sgm/modules/diffusionmodules/openaimodel
 with their component. Tools that train SDXL name the text encoders as transformers does, with ``text_model`` in both.
 """
 
-from loraconv.rules import Blocks, Family, Rename, Spelling
+from loraconv.rules import Blocks, Family, Norm, Rename, Spelling
 
 _RESNETS = {
     "unet.input_blocks.1.0":  "unet.down_blocks.0.resnets.0",
@@ -71,6 +71,13 @@ _IN_ATTENTIONS = {
     "transformer_blocks.{i}.ff.net.2":        "transformer_blocks.{i}.ff.net.2",
 }  # fmt: skip
 
+_NORMS_IN_ATTENTIONS = {
+    "norm":                         "norm",
+    "transformer_blocks.{i}.norm1": "transformer_blocks.{i}.norm1",
+    "transformer_blocks.{i}.norm2": "transformer_blocks.{i}.norm2",
+    "transformer_blocks.{i}.norm3": "transformer_blocks.{i}.norm3",
+}  # fmt: skip
+
 _TEXT_MODELS = {
     "text_encoder.text_model":   "text_encoder.text_model",
     "text_encoder_2.text_model": "text_encoder_2.text_model",
@@ -85,6 +92,12 @@ _IN_TEXT_MODELS = {
     "encoder.layers.{i}.self_attn.out_proj": "encoder.layers.{i}.self_attn.out_proj",
     "encoder.layers.{i}.mlp.fc1":            "encoder.layers.{i}.mlp.fc1",
     "encoder.layers.{i}.mlp.fc2":            "encoder.layers.{i}.mlp.fc2",
+}  # fmt: skip
+
+_NORMS_IN_TEXT_MODELS = {
+    "encoder.layers.{i}.layer_norm1": "encoder.layers.{i}.layer_norm1",
+    "encoder.layers.{i}.layer_norm2": "encoder.layers.{i}.layer_norm2",
+    "final_layer_norm":               "final_layer_norm",
 }  # fmt: skip
 
 ORIGINAL = Spelling(
@@ -105,6 +118,12 @@ ORIGINAL = Spelling(
         *Blocks(_TEXT_MODELS, _IN_TEXT_MODELS).renames,
         Rename("text_encoder_2.text_projection", "text_encoder_2.text_projection"),
     ),
+    norms=(
+        *Blocks(_RESNETS, {"in_layers.0": "norm1", "out_layers.0": "norm2"}).norms,
+        *Blocks(_ATTENTIONS, _NORMS_IN_ATTENTIONS).norms,
+        Norm("unet.out.0", "unet.conv_norm_out"),
+        *Blocks(_TEXT_MODELS, _NORMS_IN_TEXT_MODELS).norms,
+    ),
 )
 
 SDXL = Family(
@@ -114,5 +133,6 @@ SDXL = Family(
     component="",
     modules=ORIGINAL.heres,
     convolutions=("conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+    norms=ORIGINAL.norm_heres,
     spellings={"original": ORIGINAL},
 )

@@ -4,7 +4,7 @@ Facts: Wan-Video/Wan2.1 and Wan2.2 ``wan/modules/model.py``, huggingface/diffuse
 ``models/transformers/transformer_wan.py``. Both transformers of Wan 2.2 have these names.
 """
 
-from loraconv.rules import Blocks, Family, Rename, Spelling
+from loraconv.rules import Blocks, Family, Norm, Rename, Spelling
 
 ORIGINAL = Spelling(
     rules=(
@@ -35,6 +35,21 @@ ORIGINAL = Spelling(
         Rename("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
         Rename("head.head", "proj_out"),
     ),
+    norms=(
+        *Blocks(
+            {"blocks.{i}": "blocks.{i}"},
+            {
+                "self_attn.norm_q":      "attn1.norm_q",
+                "self_attn.norm_k":      "attn1.norm_k",
+                "cross_attn.norm_q":     "attn2.norm_q",
+                "cross_attn.norm_k":     "attn2.norm_k",
+                "cross_attn.norm_k_img": "attn2.norm_added_k",
+                "norm3":                 "norm2",
+            },
+        ).norms,
+        Norm("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+        Norm("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    ),
 )  # fmt: skip
 
 WAN = Family(
@@ -44,5 +59,6 @@ WAN = Family(
     component="transformer",
     modules=ORIGINAL.heres,
     convolutions=("patch_embedding",),
+    norms=ORIGINAL.norm_heres,
     spellings={"original": ORIGINAL, "videox-fun": ORIGINAL},
 )

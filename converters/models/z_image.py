@@ -4,7 +4,7 @@ Facts: huggingface/diffusers ``models/transformers/transformer_z_image.py`` and 
 diffusers calls ``2-1`` is the patch size, in space and in time, of the released models.
 """
 
-from loraconv.rules import Blocks, Family, Fused, Rename, Same, Spelling
+from loraconv.rules import Blocks, Family, Fused, Norm, Rename, Same, Spelling
 
 _BLOCKS = {
     "layers.{i}":          "layers.{i}",
@@ -17,6 +17,15 @@ _IN_BLOCKS = {
     "feed_forward.w1": "feed_forward.w1",
     "feed_forward.w2": "feed_forward.w2",
     "feed_forward.w3": "feed_forward.w3",
+}  # fmt: skip
+
+_NORMS_IN_BLOCKS = {
+    "attention.q_norm": "attention.norm_q",
+    "attention.k_norm": "attention.norm_k",
+    "attention_norm1":  "attention_norm1",
+    "attention_norm2":  "attention_norm2",
+    "ffn_norm1":        "ffn_norm1",
+    "ffn_norm2":        "ffn_norm2",
 }  # fmt: skip
 
 ORIGINAL = Spelling(
@@ -55,6 +64,10 @@ ORIGINAL = Spelling(
         Rename("final_layer.linear", "all_final_layer.2-1.linear"),
         Rename("final_layer.adaLN_modulation.1", "all_final_layer.2-1.adaLN_modulation.1"),
     ),
+    norms=(
+        *Blocks(_BLOCKS, _NORMS_IN_BLOCKS).norms,
+        Norm("cap_embedder.0", "cap_embedder.0"),
+    ),
 )
 
 Z_IMAGE = Family(
@@ -63,5 +76,6 @@ Z_IMAGE = Family(
     model_class="ZImageTransformer2DModel",
     component="transformer",
     modules=ORIGINAL.heres,
+    norms=ORIGINAL.norm_heres,
     spellings={"original": ORIGINAL},
 )

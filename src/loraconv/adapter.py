@@ -19,7 +19,7 @@ from loraconv.lazy import Lazy, TensorRef
 from loraconv.names import fold_names, printable, quoted
 from loraconv.nearest import nearest_pairs
 from loraconv.pairs import read_pairs
-from loraconv.rules import fill
+from loraconv.rules import NORM_SIDES, fill
 from loraconv.scale import Origin, Scale, find_scales, origins
 from loraconv.source import Source, refuse_parts
 
@@ -119,13 +119,12 @@ def _unknown_modules(detected: Detected, strange: list[str], rest: list[str]) ->
     """``strange``: LoRA tensors whose modules the family does not have; ``rest``: all that are not understood."""
     keys = [factor_key(detected.dialect, name) for name in strange]
     modules = dict.fromkeys(key.module for key in keys if key is not None)
-    near = _near(next(iter(modules)), detected.naming.names())
-    if all(key is not None and key.side in ("w_norm", "b_norm") for key in keys):
-        near = "differences of norm layers, which have no rank; the modules known here are those of a LoRA"
+    norms = all(key is not None and key.side in NORM_SIDES for key in keys)
+    near = _near(next(iter(modules)), detected.naming.names(norms))
     return FormatError(
         f"the adapter holds {len(rest)} tensors besides plain LoRA factors of {detected.family.title}'s modules",
         where="; ".join(fold_names(strange)[:4]),
-        why=near or f"{detected.family.title} has no such modules",
+        why=near or f"{detected.family.title} has no such {'norm layers' if norms else 'modules'}",
         hint=_past(strange),
         slug="module-unknown",
     )
@@ -138,7 +137,7 @@ def _near(name: str, known: list[str]) -> str:
 
 
 def _past(unknown: list[str]) -> str:
-    norms = all(name.endswith(("w_norm", "b_norm")) for name in unknown)
+    norms = all(name.endswith(tuple(NORM_SIDES)) for name in unknown)
     pattern = "*_norm" if norms else printable(unknown[0])
     return f"convert it with --keep-unknown, or with --drop '{pattern}' and so on"
 

@@ -31,7 +31,7 @@ KINDS: Mapping[str, tuple[frozenset[str], ...]] = {
     "LoKr": tuple(frozenset(one | two) for one in _KRON_1 for two in _KRON_2),
     "LoKr with a Tucker core": tuple(frozenset(one | _KRON_2[1] | {"lokr_t2"}) for one in _KRON_1),
     "full": (frozenset({"diff"}),),
-    "norm": (frozenset({"w_norm"}),),
+    "norm": (frozenset({"w_norm"}), frozenset({"w_norm", "b_norm"})),
     "bias": (frozenset(),),
 }
 #: Kind -> side -> its dimensions, of which those of one letter are equal; behind them ``*`` is the kernel of a
@@ -53,11 +53,11 @@ _SHAPES: Mapping[str, Mapping[str, str]] = {
         **{"lokr_w2_a": "bs", "lokr_w2_b": "dt", "lokr_t2": "bd*"},
     },
     "full": {"diff": "oi*"},
-    "norm": {"w_norm": "o"},
+    "norm": {"w_norm": "o", "b_norm": "o"},
     "bias": {},
 }
 
-_BIASES = {"diff_b", "b_norm", "bias"}
+_BIASES = {"diff_b", "bias"}
 _BESIDE = _BIASES | {"alpha", "magnitude"}
 
 

@@ -14,7 +14,7 @@ from loraconv.names import fold_names, once_a_layer, printable
 from loraconv.naming import Naming, namings
 from loraconv.other_kinds import refuse_other_kinds
 from loraconv.registry import dialects, families
-from loraconv.rules import Dialect, Family, Mark, Spelling, fill, match
+from loraconv.rules import NORM_SIDES, Dialect, Family, Mark, Norm, Spelling, fill, match
 from loraconv.source import Source
 
 
@@ -234,7 +234,8 @@ def _group(name: str, key: FactorKey | None, naming: Naming) -> str:
     if any(name.startswith(f.prefix) for f in dialect.foreign):
         return "foreign"
     if key is not None:
-        known = naming.find(key.module) is not None
+        found = naming.find(key.module)
+        known = found is not None and isinstance(found[0], Norm) == (key.side in NORM_SIDES)
         return _GROUPS.get(key.side, "more") if known else "unknown"
     if not name.startswith(prefix):
         return "unknown"

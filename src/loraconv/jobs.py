@@ -186,6 +186,9 @@ def _cannot_carry(source: Source, specials: Sequence[Special], target: Dialect) 
     way = f"--to {target.name} --approximate svd --max-error 1e-3" if near else "--to comfyui"
     dora = "the magnitudes of DoRA normalise the sum of weight and delta; its consumers would leave them out"
     pairs = "its files hold pairs of factors for linear layers, or divide the rows of these modules otherwise"
+    if all(one.kind == "norm" for one in only):
+        pairs = f"{target.name} has no names for what is added to the weight and bias of a norm layer"
+        way += "; without them: --drop '*_norm'" if len(only) < len(specials) else ""
     return FormatError(
         f"{target.name} cannot carry {in_words(only)}",
         where="; ".join(fold_names(one.module for one in only)[:4]),

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 
 from loraconv.registry import families
-from loraconv.rules import Dialect, Family, Rename, Rule, Spelling, fill
+from loraconv.rules import Dialect, Family, Norm, Rename, Rule, Spelling, fill
 
 #: Stands for any number in the shape of a name.
 _ANY = "#"
@@ -107,9 +107,11 @@ class Naming:
             return None
         return self.prefixes[component] + there.replace(".", self.dialect.separator), rule, part
 
-    def names(self) -> list[str]:
-        """Every name that the dialect has for modules of the first layer, to show what is near an unknown one."""
-        first = [fill(rule.targets[0], dict.fromkeys("ijkl", "0")) for rule in _rules(self.family, self._spelling)]
+    def names(self, norms: bool = False) -> list[str]:
+        """Every name that the dialect has for modules of the first layer, or norms, to show what is near an unknown
+        one."""
+        rules = [rule for rule in _rules(self.family, self._spelling) if isinstance(rule, Norm) == norms]
+        first = [fill(rule.targets[0], dict.fromkeys("ijkl", "0")) for rule in rules]
         return [found[0] for module in first if (found := self.write(module)) is not None]
 
 
@@ -156,11 +158,14 @@ def _family(name: str) -> Family:
 def _own_names(family: str) -> tuple[Rule, ...]:
     model = _family(family)
     targets = [t for s in model.spellings.values() for rule in s.rules for t in rule.targets]
-    return tuple(Rename(name, name) for name in dict.fromkeys([*model.modules, *targets]))
+    names = (name for name in dict.fromkeys([*model.modules, *targets]) if name not in model.norms)
+    return (*(Rename(name, name) for name in names), *(Norm(name, name) for name in model.norms))
 
 
 def _rules(family: Family, spelling: str) -> tuple[Rule, ...]:
-    return family.spellings[spelling].rules if spelling else _own_names(family.name)
+    if not spelling:
+        return _own_names(family.name)
+    return (*family.spellings[spelling].rules, *family.spellings[spelling].norms)
 
 
 @cache

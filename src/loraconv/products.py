@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
+#: That of a difference.
+_NO_SCALE = Scale(Fraction(1), 1, "it has none")
+
+
 def ranges(one: Special, detected: Detected) -> Iterator[tuple[str, tuple[tuple[int, int], ...]]]:
     """The diffusers modules whose rows a module has, and the ranges of rows of each."""
     found = detected.naming.find(one.module)
@@ -44,7 +48,7 @@ def scale_of(one: Special, alpha: Fraction | None) -> Scale:
     named = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
     factor = next((one.tensors[side] for side in named if side in one.tensors), None)
     if factor is None:
-        return Scale(Fraction(1), 1, "it has none")
+        return _NO_SCALE
     rank = factor.shape[0]
     if alpha is not None:
         return Scale(alpha, rank, "--alpha")
@@ -59,15 +63,15 @@ def read_products(
     """The adapter as a fusion takes it: a :class:`Delta` is the ``up`` of what is no pair of factors, beside a ``down``
     of no rows; what it adds to a bias is a module of the bias' own name.
 
-    Raises :class:`FormatError` for norms, and for magnitudes of columns where a module is several in diffusers.
+    Raises :class:`FormatError` for magnitudes of columns where a module is several in diffusers.
     """
     refuse_rest(source, detected)
-    wrong = [one for one in specials if one.kind == "norm" or _splits_columns(one)]
+    wrong = [one for one in specials if _splits_columns(one)]
     if wrong:
         raise FormatError(
             f"this cannot be fused: {in_words(wrong)}",
             where="; ".join(fold_names(one.module for one in wrong)[:4]),
-            why="norms are not fused, and magnitudes of columns only to the one linear layer they were trained on",
+            why="magnitudes of columns are fused only to the one linear layer they were trained on",
             hint="loraconv convert ADAPTER -o OUT --to comfyui",
             slug="not-plain-lora",
         )
@@ -126,6 +130,10 @@ def _splits_columns(one: Special) -> bool:
 
 def _factors(one: Special, detected: Detected, plain: Mapping[str, Factor], alpha: Fraction | None) -> Iterator[Factor]:
     magnitudes = row_magnitudes(one, detected)
+    if one.kind == "norm":
+        homes = {"w_norm": one.targets[0], "b_norm": f"{one.targets[0]}.bias"}
+        yield from (_column(homes[side], vector, _NO_SCALE) for side, vector in one.tensors.items())
+        return
     if one.kind == "LoRA":
         made = [plain[target] for target in one.targets if target in plain]
     elif one.kind == "bias":
@@ -139,20 +147,25 @@ def _factors(one: Special, detected: Detected, plain: Mapping[str, Factor], alph
     vector = one.tensors.get("diff_b", one.tensors.get("bias"))
     if vector is not None:
         # peft's LoRA bias is scaled as its product is; a difference is not.
-        scale = made[0].scale if "bias" in one.tensors else Scale(Fraction(1), 1, "it has none")
+        scale = made[0].scale if "bias" in one.tensors else _NO_SCALE
         yield _bias(one, vector, scale)
 
 
 def _bias(one: Special, vector: TensorRef, scale: Scale) -> Factor:
-    import numpy as np
-
     if len(one.targets) > 1:
         raise FormatError(
             f"the bias of a module that is several in diffusers is not fused: {fold_names([one.module])[0]}",
             hint="loraconv convert ADAPTER -o OUT --to comfyui",
             slug="not-plain-lora",
         )
-    return Factor(f"{one.targets[0]}.bias", _held(np.ones((1, 1))), _held(read(vector)[:, None]), scale)
+    return _column(f"{one.targets[0]}.bias", vector, scale)
+
+
+def _column(module: str, vector: TensorRef, scale: Scale) -> Factor:
+    """What is added to a bias, or to the weight of a norm, as the product of a column and the number 1."""
+    import numpy as np
+
+    return Factor(module, _held(np.ones((1, 1))), _held(read(vector)[:, None]), scale)
 
 
 def _held(array: Array) -> InMemory:

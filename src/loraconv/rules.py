@@ -17,6 +17,7 @@ from loraconv.io.run_folder import RunLayout
 
 __all__ = [
     "LYCORIS",
+    "NORM_SIDES",
     "PEFT_MORE",
     "PEFT_TUNERS",
     "Blocks",
@@ -31,6 +32,7 @@ __all__ = [
     "Layers",
     "Mark",
     "Modulation",
+    "Norm",
     "Positions",
     "Regrouped",
     "Release",
@@ -136,6 +138,11 @@ class Rename:
 
 
 @dataclass(frozen=True, slots=True)
+class Norm(Rename):
+    """A norm layer under another name. It takes no factors, but differences of its weight and bias."""
+
+
+@dataclass(frozen=True, slots=True)
 class Blocks:
     """The same modules in several blocks: one :class:`Rename` for each block and each module in it.
 
@@ -150,6 +157,11 @@ class Blocks:
         pairs = [(block, module) for block in self.blocks.items() for module in self.modules.items()]
         return tuple(Rename(f"{b[0]}.{m[0]}", f"{b[1]}.{m[1]}") for b, m in pairs)
 
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """The same where the modules are norm layers."""
+        return tuple(Norm(rule.there, rule.here) for rule in self.renames)
+
 
 @dataclass(frozen=True, slots=True)
 class Same:
@@ -160,6 +172,11 @@ class Same:
     @property
     def renames(self) -> tuple[Rename, ...]:
         return tuple(Rename(name, name) for name in self.modules)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """The same where the modules are norm layers."""
+        return tuple(Norm(name, name) for name in self.modules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,12 +311,14 @@ def _refuse_ambiguous(templates: list[str]) -> None:
 class Spelling:
     """How one trainer names the modules of a family: the rules to diffusers names, and what has no counterpart.
 
-    ``adapts`` lists the trainer's modules (templates) that its LoRA can be put on; empty means any.
+    ``adapts`` lists the trainer's modules (templates) that its LoRA can be put on; empty means any. ``norms`` are the
+    norm layers that have a weight, where an adapter may hold differences of them.
     """
 
     rules: tuple[Rule, ...]
     dropped: tuple[Dropped, ...] = ()
     adapts: tuple[str, ...] = ()
+    norms: tuple[Norm, ...] = ()
     _theres: Mapping[str, list[Rule]] = field(init=False, repr=False, compare=False)
     _heres: Mapping[str, list[tuple[Rule, int]]] = field(init=False, repr=False, compare=False)
 
@@ -309,7 +328,7 @@ class Spelling:
             raise ValueError(f"adapts names modules without a rule: {sorted(strange)}")
         theres: dict[str, list[Rule]] = {}
         heres: dict[str, list[tuple[Rule, int]]] = {}
-        for rule in self.rules:
+        for rule in (*self.rules, *self.norms):
             theres.setdefault(_shape(rule.there), []).append(rule)
             for part, here in enumerate(rule.targets):
                 heres.setdefault(_shape(here), []).append((rule, part))
@@ -324,6 +343,11 @@ class Spelling:
     def heres(self) -> tuple[str, ...]:
         """The diffusers names that the rules lead to."""
         return tuple(here for rule in self.rules for here in rule.targets)
+
+    @property
+    def norm_heres(self) -> tuple[str, ...]:
+        """The diffusers names of the norm layers."""
+        return tuple(rule.here for rule in self.norms)
 
     def find(self, module: str) -> tuple[Rule, dict[str, str]] | None:
         """The rule for a trainer's module name, with the fields of the match."""
@@ -436,9 +460,10 @@ class Family:
 
     ``component`` is the pipeline part that adapters belong to (the prefix in diffusers files); where it is empty,
     module names begin with theirs. ``modules`` are templates of the modules (diffusers names) that an adapter can be
-    put on, ``convolutions`` the ends of the names of those that are a convolution in some release, ``spellings`` their
-    other names: ``sat``, or ``original`` for those of the model's own repository.
-    ``settings`` and ``releases`` (from the most to the least specific) are there where a whole model can be converted.
+    put on, ``convolutions`` the ends of the names of those that are a convolution in some release, ``norms`` templates
+    of its norm layers that have a weight (of image and video models), ``spellings`` their other names: ``sat``, or
+    ``original`` for those of the model's own repository. ``settings`` and ``releases`` (from the most to the least
+    specific) are there where a whole model can be converted.
     """
 
     name: str
@@ -447,6 +472,7 @@ class Family:
     component: str
     modules: tuple[str, ...] = ()
     convolutions: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
     spellings: Mapping[str, Spelling] = field(default_factory=dict)
     settings: tuple[Setting, ...] = ()
     releases: tuple[Release, ...] = ()
@@ -495,6 +521,9 @@ LYCORIS: Mapping[str, str] = {
     "b_norm": "b_norm",
     "dora_scale": "magnitude",
 }
+
+#: Of these the sides of a norm layer, which has no others: LyCORIS adds them, times the strength, to weight and bias.
+NORM_SIDES = frozenset({"w_norm", "b_norm"})
 
 #: What peft's LoRA has besides its factors, in files and as dumped from memory (huggingface/peft
 #: ``tuners/lora/layer.py``, ``tuners/lora/dora.py``).

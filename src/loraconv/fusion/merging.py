@@ -214,9 +214,10 @@ def _round_sums(raw: bytes, ref: TensorRef, product: Array, error: Array, dtype:
 def _product(factors: Factors, raw: bytes, stored: str, dtype: str) -> tuple[Array, int]:
     """The product in float32, and by how many of its roundings it may be off.
 
-    In any order of summation, n products are within n roundings of ``|up| @ |down|``, plus three in the factors; so long
-    sums are made in parts, and each of those costs one more. Where that would leave many elements doubtful, because the delta is not small against the base, the product is made in
-    float64 and rounded to float32 once. ``raw`` are the base's numbers, of the dtype ``stored``.
+    In any order of summation, n products are within n roundings of ``|up| @ |down|``, plus three in the factors; long
+    sums are made in parts, of which each costs one more. Where that would leave many elements doubtful, because the
+    delta is not small against the base, the product is made in float64 and rounded to float32 once. ``raw`` are the
+    base's numbers, of the dtype ``stored``.
     """
     import numpy as np
 

@@ -73,6 +73,11 @@ def _embedders(there: dict[str, str], here: str, first: str, second: str) -> _Ru
     }
 
 
+def _query_and_key(there: str, here: str) -> _Rules:
+    """The norms of queries and keys, which diffusers calls q and k."""
+    return {there.format(word): here.format(word[0]) for word in ("query", "key")}
+
+
 _FLUX: _Rules = {
     **_mmdit("img", "txt", ("0", "2"), "lin", "1"),
     **_embedders(
@@ -83,6 +88,9 @@ _FLUX: _Rules = {
     ),
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
+    **_query_and_key(r"double_blocks_(\d+)_img_attn_norm_{}_norm", r"transformer_blocks.\1.attn.norm_{}"),
+    **_query_and_key(r"double_blocks_(\d+)_txt_attn_norm_{}_norm", r"transformer_blocks.\1.attn.norm_added_{}"),
+    **_query_and_key(r"single_blocks_(\d+)_norm_{}_norm", r"single_transformer_blocks.\1.attn.norm_{}"),
 }
 
 _REFINER = r"context_embedder.token_refiner.refiner_blocks.\1"
@@ -100,6 +108,10 @@ _HUNYUAN_VIDEO: _Rules = {
     r"txt_in_individual_token_refiner_blocks_(\d+)_adaLN_modulation_1": f"{_REFINER}.norm_out.linear",
     "txt_in_input_embedder": "context_embedder.proj_in",
     "img_in_proj": "x_embedder.proj",
+    r"double_blocks_(\d+)_img_attn_([qk])_norm": r"transformer_blocks.\1.attn.norm_\2",
+    r"double_blocks_(\d+)_txt_attn_([qk])_norm": r"transformer_blocks.\1.attn.norm_added_\2",
+    r"single_blocks_(\d+)_([qk])_norm": r"single_transformer_blocks.\1.attn.norm_\2",
+    r"txt_in_individual_token_refiner_blocks_(\d+)_norm([12])": rf"{_REFINER}.norm\2",
 }
 
 _WAN_TEXT = "condition_embedder."
@@ -118,6 +130,12 @@ _WAN: _Rules = {
     "img_emb_proj_3": "condition_embedder.image_embedder.ff.net.2",
     "head_head": "proj_out",
     "patch_embedding": "patch_embedding",
+    r"blocks_(\d+)_self_attn_norm_([qk])": r"blocks.\1.attn1.norm_\2",
+    r"blocks_(\d+)_cross_attn_norm_([qk])": r"blocks.\1.attn2.norm_\2",
+    r"blocks_(\d+)_cross_attn_norm_k_img": r"blocks.\1.attn2.norm_added_k",
+    r"blocks_(\d+)_norm3": r"blocks.\1.norm2",
+    "img_emb_proj_0": "condition_embedder.image_embedder.norm1",
+    "img_emb_proj_4": "condition_embedder.image_embedder.norm2",
 }
 
 _LTX_LAYER = r"transformer_blocks.\1"
@@ -130,6 +148,7 @@ _LTX: _Rules = {
         {"adaln_single_emb_timestep_embedder": "timestep_embedder"}, "time_embed.emb.", "linear_1", "linear_2"
     ),
     **_embedders({"caption_projection": "caption_projection"}, "", "linear_1", "linear_2"),
+    r"transformer_blocks_(\d+)_attn([12])_([qk])_norm": rf"{_LTX_LAYER}.attn\2.norm_\3",
     "adaln_single_linear": "time_embed.linear",
     "patchify_proj": "proj_in",
     "proj_out": "proj_out",
@@ -145,6 +164,8 @@ _MOCHI: _Rules = {
     r"blocks_(\d+)_mlp_y_w1": [(f"{_MOCHI_LAYER}.ff_context.net.0.proj", *_SWAPPED)],
     r"blocks_(\d+)_mlp_x_w2": f"{_MOCHI_LAYER}.ff.net.2",
     r"blocks_(\d+)_mlp_y_w2": f"{_MOCHI_LAYER}.ff_context.net.2",
+    r"blocks_(\d+)_attn_([qk])_norm_x": rf"{_MOCHI_LAYER}.attn1.norm_\2",
+    r"blocks_(\d+)_attn_([qk])_norm_y": rf"{_MOCHI_LAYER}.attn1.norm_added_\2",
     r"blocks_(\d+)_mod_x": f"{_MOCHI_LAYER}.norm1.linear",
     # The last block has no text output, and another text modulation.
     r"blocks_(\d+)_mod_y": (f"{_MOCHI_LAYER}.norm1_context.linear", 0.5, f"{_MOCHI_LAYER}.norm1_context.linear_1"),
@@ -163,6 +184,8 @@ _SD3: _Rules = {
     r"joint_blocks_(\d+)_context_block_attn_qkv": [f"{_SD3_LAYER}.attn.{m}" for m in _ADDED],
     r"joint_blocks_(\d+)_x_block_(attn2?)_proj": rf"{_SD3_LAYER}.\2.to_out.0",
     r"joint_blocks_(\d+)_context_block_attn_proj": f"{_SD3_LAYER}.attn.to_add_out",
+    r"joint_blocks_(\d+)_x_block_(attn2?)_ln_([qk])": rf"{_SD3_LAYER}.\2.norm_\3",
+    r"joint_blocks_(\d+)_context_block_attn_ln_([qk])": rf"{_SD3_LAYER}.attn.norm_added_\2",
     r"joint_blocks_(\d+)_x_block_mlp_fc1": f"{_SD3_LAYER}.ff.net.0.proj",
     r"joint_blocks_(\d+)_x_block_mlp_fc2": f"{_SD3_LAYER}.ff.net.2",
     r"joint_blocks_(\d+)_context_block_mlp_fc1": f"{_SD3_LAYER}.ff_context.net.0.proj",
@@ -194,8 +217,11 @@ _Z_IMAGE: _Rules = {
     rf"{_Z_BLOCK}_attention_qkv": [rf"\1.\2.attention.{m}" for m in _QKV],
     rf"{_Z_BLOCK}_attention_out": r"\1.\2.attention.to_out.0",
     rf"{_Z_BLOCK}_feed_forward_w([123])": r"\1.\2.feed_forward.w\3",
+    rf"{_Z_BLOCK}_attention_([qk])_norm": r"\1.\2.attention.norm_\3",
+    rf"{_Z_BLOCK}_(attention|ffn)_norm([12])": r"\1.\2.\3_norm\4",
     rf"{_Z_BLOCK}_adaLN_modulation_0": r"\1.\2.adaLN_modulation.0",
     r"t_embedder_mlp_([02])": r"t_embedder.mlp.\1",
+    "cap_embedder_0": "cap_embedder.0",
     "cap_embedder_1": "cap_embedder.1",
     "x_embedder": "all_x_embedder.2-1",
     "final_layer_linear": "all_final_layer.2-1.linear",
@@ -208,16 +234,17 @@ _MODELS: tuple[_Rules, ...] = (_FLUX, _XLABS, _HUNYUAN_VIDEO, _WAN, _LTX, _MOCHI
 # fmt: off
 _WORDS = (
     "adaLN_modulation", "add_embedding", "add_k_proj", "add_q_proj", "add_v_proj", "all_final_layer", "all_x_embedder",
-    "cap_embedder", "caption_proj", "caption_projection", "condition_embedder", "context_embedder", "context_refiner",
-    "conv_in", "conv_out", "conv_shortcut", "down_blocks", "feed_forward", "ff_context", "guidance_embedder",
-    "image_embedder", "img_in", "img_mlp", "img_mod", "k_proj", "linear_1", "linear_2", "mid_block", "noise_refiner",
-    "norm1_context", "norm_k", "norm_out", "norm_q", "ofs_embedding", "out_proj", "patch_embed",
-    "patch_embedding", "pos_embed", "position_embedding", "proj_in", "proj_mlp", "proj_out", "q_proj",
-    "refiner_blocks", "self_attn", "single_transformer_blocks", "t_embedder", "text_embedder", "text_model",
-    "text_proj", "text_projection", "time_emb_proj", "time_embed", "time_embedder", "time_embedding", "time_proj",
-    "time_text_embed", "timestep_embedder", "to_add_out", "to_k", "to_kv", "to_out", "to_q", "to_v",
-    "token_embedding", "token_refiner", "transformer_blocks", "txt_in", "txt_mlp", "txt_mod", "up_blocks", "v_proj",
-    "x_embedder",
+    "attention_norm1", "attention_norm2", "cap_embedder", "caption_proj", "caption_projection", "condition_embedder",
+    "context_embedder", "context_refiner", "conv_in", "conv_norm_out", "conv_out", "conv_shortcut", "down_blocks",
+    "feed_forward", "ff_context", "ffn_norm1", "ffn_norm2", "final_layer_norm", "guidance_embedder", "image_embedder",
+    "img_in", "img_mlp", "img_mod", "k_proj", "layer_norm1", "layer_norm2", "linear_1", "linear_2", "mid_block",
+    "noise_refiner", "norm1_context", "norm_added_k", "norm_added_q", "norm_final", "norm_k", "norm_out", "norm_q",
+    "ofs_embedding", "out_proj", "patch_embed", "patch_embedding", "pos_embed", "position_embedding", "proj_in",
+    "proj_mlp", "proj_out", "q_proj", "refiner_blocks", "self_attn", "single_transformer_blocks", "t_embedder",
+    "text_embedder", "text_model", "text_proj", "text_projection", "time_emb_proj", "time_embed", "time_embedder",
+    "time_embedding", "time_proj", "time_text_embed", "timestep_embedder", "to_add_out", "to_k", "to_kv", "to_out",
+    "to_q", "to_v", "token_embedding", "token_refiner", "transformer_blocks", "txt_in", "txt_mlp", "txt_mod",
+    "txt_norm", "up_blocks", "v_proj", "x_embedder",
 )
 # fmt: on
 _STEP = re.compile("(" + "|".join(sorted(_WORDS, key=len, reverse=True)) + "|[^_]+)(?:_|$)")

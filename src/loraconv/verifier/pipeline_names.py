@@ -15,6 +15,7 @@ _BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)_(\d+)(?:_(\d+))?
 _PER_LEVEL = 3
 _OUTSIDE = {
     "input_blocks_0_0": "conv_in",
+    "out_0": "conv_norm_out",
     "out_2": "conv_out",
     "time_embed_0": "time_embedding.linear_1",
     "time_embed_2": "time_embedding.linear_2",
@@ -22,12 +23,16 @@ _OUTSIDE = {
     "label_emb_0_2": "add_embedding.linear_2",
 }
 _RESNET = {
+    "in_layers_0": "norm1",
     "in_layers_2": "conv1",
+    "out_layers_0": "norm2",
     "out_layers_3": "conv2",
     "emb_layers_1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
 }
-_OWN = re.compile(r"(?:down_blocks|up_blocks|mid_block)_.+|conv_in|conv_out|(?:time|add)_embedding_linear_[12]")
+_OWN = re.compile(
+    r"(?:down_blocks|up_blocks|mid_block)_.+|conv_in|conv(?:_norm)?_out|(?:time|add)_embedding_linear_[12]"
+)
 _TEXT = re.compile(r"text_model_.+")
 
 
