@@ -58,11 +58,15 @@ def clean(targets: Sequence[Path], cold: bool) -> Callable[[], None]:
 
 
 def in_turn(commands: Mapping[str, Sequence[str]], out: Path, runs: int, cold: bool) -> dict[str, list[Sample]]:
-    """Run commands that all write ``out`` in turn, so that they meet the same noise; ``out`` is gone afterwards."""
+    """Run commands that all write ``out`` in turn, so that they meet the same noise; ``out`` is gone afterwards.
+
+    Every round begins with another command: the memory that one leaves behind makes the next faster or slower.
+    """
     found: dict[str, list[Sample]] = {name: [] for name in commands}
-    for _ in range(runs):
-        for name, argv in commands.items():
-            found[name].append(measure(argv, clean([out], cold)))
+    for first in range(runs):
+        names = [*commands]
+        for name in names[first % len(names) :] + names[: first % len(names)]:
+            found[name].append(measure(commands[name], clean([out], cold)))
     clean([out], cold=False)()
     return found
 

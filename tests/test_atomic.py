@@ -24,9 +24,8 @@ import pytest
 
 from loraconv.errors import LoraconvError, UsageError, WriteFailed
 from loraconv.io import atomic
-from loraconv.io.atomic import output_folder
+from loraconv.io.atomic import WRITE_BYTES, output_folder
 from loraconv.io.growing import GrowingFile
-from loraconv.lazy import PIECE_BYTES
 from tests import atomic_driver
 from tests.faults import CHANGING_CALLS, Outcome, environment, needs_strace, points, python, sweep, traced
 
@@ -171,7 +170,7 @@ def test_one_write_never_passes_more_than_4_mib_and_survives_short_writes(
     with output_folder(tmp_path / "out", inputs=[], needed=0) as folder, folder.file("x") as file:
         file.write(data)
     monkeypatch.undo()
-    assert max(counts) == PIECE_BYTES <= 4 << 20
+    assert max(counts) == WRITE_BYTES <= 4 << 20
     assert (tmp_path / "out/x").read_bytes() == data
     assert file.sha256 == hashlib.sha256(data).hexdigest()
 

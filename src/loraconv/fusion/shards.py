@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -54,6 +54,22 @@ class Shard:
     def bytes(self) -> int:
         """The size of its tensors."""
         return sum(nbytes(entry.stored) for entry in self.entries)
+
+    def runs(self) -> Iterator[tuple[Entry, ...]]:
+        """The entries in order; those that are copied and lie side by side in one file of the base together."""
+        run: list[Entry] = []
+        for entry in self.entries:
+            if run and not _adjacent(run[-1], entry):
+                yield tuple(run)
+                run = []
+            run.append(entry)
+        if run:
+            yield tuple(run)
+
+
+def _adjacent(one: Entry, other: Entry) -> bool:
+    side_by_side = one.base.offset + nbytes(one.base) == other.base.offset
+    return one.copied and other.copied and one.base.file is other.base.file and side_by_side
 
 
 def plan_shards(

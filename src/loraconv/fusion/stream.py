@@ -24,6 +24,7 @@ from loraconv.ordered import in_order, workers
 PROGRESS = logging.getLogger("loraconv.fusion")
 #: Blocks that may wait to be written: enough that no thread waits for work while a long range is copied.
 _AHEAD = 128
+_COPY_BYTES = 32 << 20
 
 
 @dataclass(slots=True)
@@ -53,18 +54,22 @@ def write_shards(
 ) -> Written:
     """Write every shard below ``place`` (empty, or a folder's name with a slash) of the output."""
     written = Written()
-    with _ending(workers()) as pool:
+    copied = [entry for shard in shards for entry in shard.entries if entry.copied]
+    with _ending(workers()) as pool, _ending(ThreadPoolExecutor(1)) as beside:
+        sums = {entry.called: beside.submit(_checksum, entry.base) for entry in copied}
         made = in_order(pool, _blocks(pool, shards, terms), _AHEAD)
         for shard in shards:
             with folder.file(place + shard.name, hashed=False) as file:
                 file.write(header_of([(entry.called, entry.stored) for entry in shard.entries], shard.metadata))
-                for entry in shard.entries:
-                    if entry.copied:
-                        crc = _copy(file, entry.base, progress)
+                for run in shard.runs():
+                    if run[0].copied:
+                        _copy(file, run, progress)
                     else:
-                        crc = _write(file, entry, made, written, progress)
-                    written.crc32[entry.called] = f"{crc:08x}"
+                        _write(file, run[0], made, written, progress)
             written.files[place + shard.name] = file
+        written.crc32 |= {name: future.result() for name, future in sums.items()}
+    for entry in copied:
+        _check(entry.base, int(written.crc32[entry.called], 16))
     return written
 
 
@@ -117,23 +122,24 @@ def _cast(part: TensorRef, dtype: str) -> Block:
     return made, crc32(made), crc32(raw)
 
 
-def _copy(file: OutputFile, ref: TensorRef, progress: Progress) -> int:
-    """Copy a tensor of the base; its CRC-32.
-
-    Reading, summing and writing pieces that stay in a core's cache takes less time than ``copy_file_range`` alone does,
-    and that would leave the sum to be made of a second reading.
-    """
+def _checksum(ref: TensorRef) -> str:
     crc = 0
     for piece in ref.pieces():
         crc = crc32(piece, crc)
-        file.write(piece)
-        progress.add(len(piece))
-    _check(ref, crc)
-    return crc
+    return f"{crc:08x}"
 
 
-def _write(file: OutputFile, entry: Entry, made: Iterator[Block], written: Written, progress: Progress) -> int:
-    """Write one computed tensor; its CRC-32."""
+def _copy(file: OutputFile, run: Sequence[Entry], progress: Progress) -> None:
+    """Copy a range of the base, inside the kernel where it can."""
+    first, count = run[0].base, sum(nbytes(entry.base) for entry in run)
+    for start in range(0, count, _COPY_BYTES):
+        size = min(_COPY_BYTES, count - start)
+        file.copy(first.file, first.offset + start, size)
+        progress.add(size)
+
+
+def _write(file: OutputFile, entry: Entry, made: Iterator[Block], written: Written, progress: Progress) -> None:
+    """Write one computed tensor."""
     end = file.size + numel(entry.base.shape) * DTYPE_BYTES[entry.dtype]
     crc = base_crc = 0
     while file.size < end:
@@ -148,6 +154,6 @@ def _write(file: OutputFile, entry: Entry, made: Iterator[Block], written: Writt
         file.write(zeros)
         crc = crc32(zeros, crc)
         progress.add(len(zeros))
+    written.crc32[entry.called] = f"{crc:08x}"
     if entry.fused:
         written.base_crc32[entry.key] = f"{base_crc:08x}"
-    return crc

@@ -56,6 +56,8 @@ _LONE = "output"
 
 #: Writeback to the disk is begun after this many bytes.
 WRITEBACK_BYTES = 64 << 20
+#: The bytes of one write. Larger ones get larger pages, which a virtual machine may have given back to its host.
+WRITE_BYTES = 1 << 16
 #: This much is copied at a time, so that a signal, or a reader that follows, does not wait for a whole shard.
 COPY_BYTES = 16 << 20
 
@@ -372,16 +374,17 @@ class OutputFile:
             raise
 
     def copy(self, source: InputFile, offset: int, count: int) -> None:
-        """Append ``count`` bytes of an input file, inside the kernel where it can.
+        """Append ``count`` bytes of an input file; inside the kernel where it can and no hash has to see them.
 
         Raises :class:`WriteFailed`, and :class:`CorruptCheckpoint` where the input is too short.
         """
         try:
             while count:
-                size = min(count, COPY_BYTES)
+                size = min(count, PIECE_BYTES if self._hash else COPY_BYTES)
                 if self._hash:
-                    self._hash.update_from(source, offset, size)
-                self._copy_range(source, offset, size)
+                    self.write(source.pread(offset, size))
+                else:
+                    self._copy_range(source, offset, size)
                 offset, count = offset + size, count - size
         except BaseException:
             self._close()
@@ -401,7 +404,7 @@ class OutputFile:
     def _append(self, piece: memoryview) -> None:
         with reported(self._final, self._needed):
             while piece:
-                count = os.write(self._fd, piece)
+                count = os.write(self._fd, piece[:WRITE_BYTES])
                 self._advance(count)
                 piece = piece[count:]
 

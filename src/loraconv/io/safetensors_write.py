@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 
 from loraconv.io.atomic import OutputFile
-from loraconv.lazy import Lazy, nbytes
+from loraconv.lazy import Lazy, nbytes, spans
 from loraconv.names import DTYPE_BYTES
 
 Named = tuple[str, Lazy]
@@ -57,7 +57,10 @@ def write_tensors(file: OutputFile, tensors: Iterable[Named]) -> None:
     """Stream every tensor into ``file``, behind its header."""
     for name, tensor in in_order(tensors):
         start = file.size
-        for piece in tensor.pieces():
-            file.write(piece)
+        for ref in spans(tensor) or ():
+            file.copy(ref.file, ref.offset, nbytes(ref))
+        if spans(tensor) is None:
+            for piece in tensor.pieces():
+                file.write(piece)
         if file.size - start != nbytes(tensor):
             raise RuntimeError(f"{name}: {file.size - start} bytes were made, {nbytes(tensor)} were declared")
