@@ -15,9 +15,10 @@ from loraconv.errors import FormatError, UsageError
 from loraconv.fusion.adapters import Used, open_adapters
 from loraconv.fusion.llava import Joined, join, refuse_projector_only
 from loraconv.fusion.match import FUSED_KEY, fused_before, refuse_fused_twice, terms_of
+from loraconv.fusion.planned import Plan, Rest
 from loraconv.fusion.rest import Kept, listing, refuse_loss, rest_of, settings_of
 from loraconv.fusion.result import FusedAdapter, FusedFile, FuseResult
-from loraconv.fusion.running import Plan, Rest, run
+from loraconv.fusion.running import run
 from loraconv.fusion.shards import Shard, plan_shards
 from loraconv.io.atomic import clear_remains
 from loraconv.io.target import JOURNAL

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from loraconv.errors import ProofFailed
+from loraconv.fusion.planned import Plan
 from loraconv.io.torch_read import read_tensors
 from loraconv.lazy import TensorRef
 from loraconv.verifier.fused import FusedReport, Term, prove_fused
@@ -14,9 +14,6 @@ from loraconv.verifier.llava import as_original, tower_beside, trained_beside
 from loraconv.verifier.numbers import Tensor
 from loraconv.verifier.oracles import pairs_of
 from loraconv.verifier.spelled import apart
-
-if TYPE_CHECKING:
-    from loraconv.fusion.running import Plan
 
 
 def prove(plan: Plan, made: Mapping[str, TensorRef]) -> FusedReport:
