@@ -268,6 +268,16 @@ def test_casts_are_grouped_by_what_was_cast_to_what() -> None:
     assert found(one, two) == {"rounded": ("a", "c"), "retyped": ("b",)}
 
 
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"])
+def test_whole_numbers_are_subtracted_too(dtype: str) -> None:
+    word = dtype.upper().replace("UINT", "U").replace("INT", "I")
+    one, two = np.array([0, 1, 1, 0]).astype(dtype), np.array([0, 1, 0, 1]).astype(dtype)
+    figures = measure(Tensor(one, word), Tensor(two, word))  # type: ignore[arg-type]
+    assert figures is not None
+    assert (figures.changed, figures.greatest) == (2, 1.0)
+    assert figures.relative == pytest.approx(1.0)
+
+
 PREFIXES: dict[str, tuple[tuple[str, str], tuple[str, str], str]] = {
     "one more": (("a.b.w", "a.c.w"), ("m.a.b.w", "m.a.c.w"), "begin with 'm.' instead of ''"),
     "one less": (("m.a.b.w", "m.a.c.w"), ("a.b.w", "a.c.w"), "begin with '' instead of 'm.'"),

@@ -557,3 +557,20 @@ def test_what_failed_is_told_and_nothing_else() -> None:
     assert proof.failures() == ["L2 delta: in q", "control not caught: b"]
     assert proof.caught == "1/2"
     assert Proof.from_dict(proof.to_dict()) == proof
+
+
+def test_a_delta_moves_what_it_is_added_to_unless_it_is_all_zero() -> None:
+    zeros, ones = np.zeros((2, 1)), np.ones((2, 1))
+    assert not Delta.of(zeros, ones.T).moves
+    assert Delta.of(ones, ones.T).moves
+    assert Delta.of(zeros, zeros.T, ((1.0, Rows(np.ones((2, 2)))),)).moves
+
+
+class Rows:
+    """A delta by its rows."""
+
+    def __init__(self, array: Any) -> None:
+        self.array, self.shape = array, array.shape
+
+    def rows(self, start: int, stop: int) -> Any:
+        return self.array[start:stop]
