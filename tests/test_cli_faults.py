@@ -231,7 +231,7 @@ def test_wrote_is_said_only_after_the_last_fsync(job: Job) -> None:
     folders = where("fsync(", ".part>")
     assert max(folders) < renamed
     (parent,) = where("fsync(", f"/{outcome.work.name}>")
-    wrote = where(" write(1<", '"wrote')
+    wrote = where(" write(1<")
     assert renamed < parent < min(wrote)
     if job.replace:
         assert parent < min(where("unlinkat(")) < max(where("unlinkat(")) < min(wrote)
