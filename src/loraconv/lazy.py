@@ -410,8 +410,8 @@ def times(raw: bytes, dtype: str, factor: float) -> np.ndarray[Any, Any]:
         return decode(raw, dtype) * factor
     values = single(raw, dtype)
     if dtype == "BF16" and factor != 1.0:
-        exponents = values.view(np.uint32) & 0x7F800000
-        if bool(np.any((exponents < 65 << 23) & (values != 0) | (exponents > 189 << 23))):
+        size = values.view(np.uint32) & 0x7FFFFFFF  # the bits, because a processor may take the smallest for zero
+        if bool(np.any((size < 65 << 23) & (size > 0) | (size >= 190 << 23))):
             return decode(raw, dtype) * factor  # near the ends of bfloat16's range, float32 would round or overflow
     values *= np.float32(factor)
     return values

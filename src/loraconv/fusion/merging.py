@@ -21,7 +21,7 @@ from loraconv.watch import all_finite
 
 try:
     from loraconv.fusion import _rounding
-except ImportError:  # installed without a compiler: numpy does the same, in three times the time
+except ImportError:  # installed without a compiler: numpy does the same, more slowly
     _rounding = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _sum_single(raw: bytes, ref: TensorRef, factors: Factors, dtype: str) -> tup
     import numpy as np
 
     bits = np.empty(ref.shape, dtype=np.uint16)
-    doubtful = np.empty(max(0, int(bits.size * _MANY)) + 1, dtype=np.int64)
+    doubtful = np.empty(int(bits.size * _MANY) + 1, dtype=np.int64)
     count = _rounding.round_sums(raw, ref.dtype, product, error, dtype, bits, doubtful)
     if count < 0:
         raise nonfinite(ref)

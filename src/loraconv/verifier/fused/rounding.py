@@ -19,7 +19,7 @@ from loraconv.verifier.numbers import same_bytes
 
 try:
     from loraconv.verifier.fused import _cells
-except ImportError:  # installed without a compiler: numpy does the same, in three times the time
+except ImportError:  # installed without a compiler: numpy does the same, more slowly
     _cells = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
