@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import loraconv
+from loraconv.io.input_file import InputFile
+from loraconv.io.safetensors_read import read_safetensors
 
 if TYPE_CHECKING:
     from tests.support import Recorded
@@ -53,3 +57,19 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
         return known[key]
 
     return convert
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], Any]]:
+    """A function that writes arrays into a file and reads it."""
+    files: list[InputFile] = []
+
+    def tensors(arrays: dict[str, Any]) -> Any:
+        path = tmp_path / f"{len(files)}.safetensors"
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+        files.append(InputFile(path))
+        return read_safetensors(files[-1]).tensors
+
+    yield tensors
+    for file in files:
+        file.close()

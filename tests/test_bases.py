@@ -3,8 +3,7 @@ the table of positions is the one that diffusers computes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,7 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_sincos_pos_embed
-from safetensors.numpy import save_file
 
-from loraconv.io.input_file import InputFile
-from loraconv.io.safetensors_read import read_safetensors
 from loraconv.verifier.base import model_shapes, prove_base, source_of
 from loraconv.verifier.config import POSITIONS, check_config, expected_config
 from loraconv.verifier.numbers import values
@@ -39,22 +35,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "1.5, image": ROTARY | {"patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 8, "in_channels": 8},
 }
 Read = Callable[[dict[str, Any]], Any]
-
-
-@pytest.fixture
-def read(tmp_path: Path) -> Iterator[Read]:
-    """A function that writes arrays into a file and reads it."""
-    files: list[InputFile] = []
-
-    def tensors(arrays: dict[str, Any]) -> Any:
-        path = tmp_path / f"{len(files)}.safetensors"
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
-        files.append(InputFile(path))
-        return read_safetensors(files[-1]).tensors
-
-    yield tensors
-    for file in files:
-        file.close()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -5,20 +5,16 @@ Each expected delta is made here from the factors by the format's rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from loraconv.errors import ProofFailed
-from loraconv.io.input_file import InputFile
-from loraconv.io.safetensors_read import read_safetensors
 from loraconv.verifier.adapter import check_adapter, prove_adapter
 from loraconv.verifier.aside import SetAside, check_aside
 from loraconv.verifier.llava import as_original, main_dtype, tower_beside, trained_beside
@@ -32,22 +28,6 @@ from loraconv.verifier.spelled import check_magnitudes, magnitudes_of, passed_ov
 RNG = np.random.default_rng(0)
 RANK, IN = 6, 8
 Read = Callable[[dict[str, Any]], Any]
-
-
-@pytest.fixture
-def read(tmp_path: Path) -> Iterator[Read]:
-    """A function that writes arrays into a file and reads it."""
-    files: list[InputFile] = []
-
-    def tensors(arrays: dict[str, Any]) -> Any:
-        path = tmp_path / f"{len(files)}.safetensors"
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
-        files.append(InputFile(path))
-        return read_safetensors(files[-1]).tensors
-
-    yield tensors
-    for file in files:
-        file.close()
 
 
 def normal(*shape: int) -> Any:
