@@ -23,9 +23,10 @@ from typing import Any
 import pytest
 
 from loraconv.errors import LoraconvError, UsageError, WriteFailed
-from loraconv.io import atomic
-from loraconv.io.atomic import WRITE_BYTES, output_folder
+from loraconv.io import atomic, output_file, syscalls
+from loraconv.io.atomic import output_folder
 from loraconv.io.growing import GrowingFile
+from loraconv.io.output_file import WRITE_BYTES
 from tests import atomic_driver
 from tests.faults import CHANGING_CALLS, Outcome, environment, needs_strace, points, python, sweep, traced
 
@@ -166,7 +167,7 @@ def test_one_write_never_passes_more_than_4_mib_and_survives_short_writes(
         return real(descriptor, data[: max(1, len(data) // 2)])
 
     data = random.Random(0).randbytes(9 << 20)
-    monkeypatch.setattr(atomic.os, "write", short)
+    monkeypatch.setattr(os, "write", short)
     with output_folder(tmp_path / "out", inputs=[], needed=0) as folder, folder.file("x") as file:
         file.write(data)
     monkeypatch.undo()
@@ -177,8 +178,8 @@ def test_one_write_never_passes_more_than_4_mib_and_survives_short_writes(
 
 def test_writeback_starts_early_in_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
-    monkeypatch.setattr(atomic, "WRITEBACK_BYTES", 8 << 20)
-    monkeypatch.setattr(atomic, "_start_writeback", lambda fd, offset, count: begun.append((offset, count)))
+    monkeypatch.setattr(output_file, "WRITEBACK_BYTES", 8 << 20)
+    monkeypatch.setattr(output_file, "start_writeback", lambda fd, offset, count: begun.append((offset, count)))
     with output_folder(tmp_path / "out", inputs=[], needed=0) as folder, folder.file("x") as file:
         file.write(bytes(20 << 20))
     assert begun == [(0, 8 << 20), (8 << 20, 8 << 20), (16 << 20, 4 << 20)]
@@ -231,7 +232,7 @@ def test_a_file_whose_write_failed_cannot_be_completed(tmp_path: Path, monkeypat
 
     def swallow() -> None:
         with output_folder(tmp_path / "out", inputs=[], needed=5) as folder, folder.file("a") as file:
-            monkeypatch.setattr(atomic.os, "write", full)
+            monkeypatch.setattr(os, "write", full)
             try:
                 file.write(b"data")
             except WriteFailed as error:
@@ -812,9 +813,9 @@ def test_where_names_cannot_be_swapped_the_old_output_is_moved_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, libc: str
 ) -> None:
     atomic_driver.write(str(tmp_path / "out"))
-    monkeypatch.setattr(atomic, "_libc", lambda name: None)
+    monkeypatch.setattr(syscalls, "_libc", lambda name: None)
     if libc == "without swap":
-        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
     atomic_driver.write(str(tmp_path / "out"), version=2, overwrite=True)
     assert version(tmp_path / "out") == 2
     assert os.listdir(tmp_path) == ["out"]

@@ -668,14 +668,14 @@ def test_a_base_that_changes_meanwhile_is_not_replaced(
 ) -> None:
     from loraconv.fusion import running
 
-    def disturb(*arguments: Any) -> Any:
+    def disturb(*arguments: Any, **options: Any) -> Any:
         if change == "a new file":
             (base / "notes.txt").write_text("keep me")
         elif change == "a settings file":
             (base / "config.json").write_text("{}")
         else:
             os.utime(base / WEIGHTS, ns=(1, 1))
-        return write(*arguments)
+        return write(*arguments, **options)
 
     write = running.write_shards
     monkeypatch.setattr(running, "write_shards", disturb)
@@ -908,8 +908,8 @@ def test_a_wrong_output_is_not_left_behind(
     from loraconv.errors import ProofFailed
     from loraconv.fusion import running
 
-    def spoil(*arguments: Any) -> Any:
-        written = write(*arguments)
+    def spoil(*arguments: Any, **options: Any) -> Any:
+        written = write(*arguments, **options)
         (file,) = written.files.values()
         data = bytearray(file.path.read_bytes())
         start = 8 + int.from_bytes(data[:8], "little")

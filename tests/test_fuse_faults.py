@@ -36,16 +36,19 @@ WIDTH, LAYERS = 16, 2
 
 
 class FuseJob(Job):
-    """``fuse`` with a base of three shards; with ``in_place`` the base is ``out`` itself."""
+    """``fuse`` with a base of three shards; in place the base is ``out`` itself. ``direct`` writes past the page cache,
+    in small pieces."""
 
-    def __init__(self, folder: Path, kind: str) -> None:
+    def __init__(self, folder: Path, kind: str, *, direct: bool = False) -> None:
         self.folder, self.replace, self.in_place, self.count = folder, kind != "new", kind == "in-place", 0
         self.source = folder / "source"
         base = write_base(self.source / "base", base_state(torch.bfloat16, WIDTH, LAYERS), 3)
         adapter = write_adapter(self.source / "lora", factors(width=WIDTH, layers=LAYERS))
         how = ["--base", "out", "--in-place"] if self.in_place else ["--base", str(base), "-o", "out"]
         how += ["--overwrite"] if kind == "overwrite" else []
-        self.argv = [sys.executable, "-B", "-c", START, "fuse", str(adapter), *how]
+        how += ["--no-proof"] if direct else []
+        start = f"from loraconv.io import direct; direct.DIRECT_BYTES = 4096; {START}" if direct else START
+        self.argv = [sys.executable, "-B", "-c", start, "fuse", str(adapter), *how]
         self.old: Any = None
         if kind == "in-place":
             self.old = self._copy(base, folder / "old")
@@ -75,12 +78,13 @@ def job(request: pytest.FixtureRequest, tmp_path: Path) -> FuseJob:
 
 @needs_strace
 @pytest.mark.parametrize(
-    ("kind", "every"), [("in-place", 80), *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in KINDS)]
+    ("kind", "every"),
+    [("in-place", 80), ("direct", 40), *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in [*KINDS, "direct"])],
 )
 def test_a_kill_at_any_call_leaves_the_old_or_the_new_model_and_a_rerun_cleans_up(
     tmp_path: Path, kind: str, every: int
 ) -> None:
-    job = FuseJob(tmp_path, kind)
+    job = FuseJob(tmp_path, "new" if kind == "direct" else kind, direct=kind == "direct")
     seen: dict[str, int] = {}
 
     def check(outcome: Outcome) -> None:

@@ -303,8 +303,8 @@ def test_a_wrong_output_is_not_left_behind(
 
     write = running.write_shards
 
-    def spoil(*arguments: Any) -> Any:
-        files = write(*arguments)
+    def spoil(*arguments: Any, **options: Any) -> Any:
+        files = write(*arguments, **options)
         (file,) = files.files.values()
         data = file.path.read_bytes()
         start = 8 + int.from_bytes(data[:8], "little")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from loraconv.errors import LoraconvError, UsageError, WriteFailed
-from loraconv.io import atomic
+from loraconv.io import atomic, syscalls
 from loraconv.io.atomic import output_file
 from tests import output_file_driver as driver
 from tests.faults import CHANGING_CALLS, Outcome, needs_strace, points, python, sweep, traced
@@ -156,7 +156,7 @@ def test_a_file_that_appears_during_the_run_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: bool
 ) -> None:
     if not swaps:
-        monkeypatch.setattr(atomic, "_libc", lambda name: None)
+        monkeypatch.setattr(syscalls, "_libc", lambda name: None)
 
     def late() -> None:
         with output_file(tmp_path / "out.html", inputs=[], needed=0, mark=driver.MARK, option="--report"):
@@ -319,7 +319,7 @@ def test_a_write_that_fails_for_good_names_the_target(tmp_path: Path, monkeypatc
     def full(descriptor: int, data: memoryview) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(atomic.os, "write", full)
+    monkeypatch.setattr(os, "write", full)
     error = refused(WriteFailed, "no-space", lambda: driver.write(str(tmp_path / "out.html")))
     assert "out.html" in error.what
     assert ".part" not in error.what

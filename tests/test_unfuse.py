@@ -29,8 +29,9 @@ import loraconv
 from loraconv import unfusing
 from loraconv.cli import run as cli
 from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError, ProofFailed
-from loraconv.io.atomic import OutputFile, output_folder
+from loraconv.io.atomic import output_folder
 from loraconv.io.input_file import InputFile
+from loraconv.io.output_file import OutputFile
 from loraconv.io.safetensors_read import read_safetensors
 from loraconv.journal import read as journal_read
 from loraconv.journal import ulps

@@ -20,9 +20,10 @@ from loraconv.accounting import Aside, leave_behind, refuse_half_pairs, set_apar
 from loraconv.describe import Summary, summarise
 from loraconv.detect import Detected, detect
 from loraconv.errors import FormatError, ProofFailed
-from loraconv.io.atomic import OutputFile, OutputFolder, output_folder
+from loraconv.io.atomic import OutputFolder, output_folder
 from loraconv.io.growing import GrowingFile
 from loraconv.io.input_file import InputFile
+from loraconv.io.output_file import OutputFile
 from loraconv.io.safetensors_write import begin_safetensors, write_safetensors, write_tensors
 from loraconv.io.target import MANIFEST
 from loraconv.io.torch_write import write_torch

@@ -21,10 +21,11 @@ from typing import Any
 
 from loraconv import __version__
 from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError
-from loraconv.io.atomic import OutputFile, OutputFolder, output_folder
+from loraconv.io.atomic import OutputFolder, output_folder
 from loraconv.io.crc import crc32
 from loraconv.io.growing import GrowingFile
 from loraconv.io.input_file import InputFile
+from loraconv.io.output_file import OutputFile
 from loraconv.io.safetensors_read import MAX_HEADER
 from loraconv.io.sidecar import parse_json, read_text
 from loraconv.io.target import JOURNAL, MANIFEST, MANIFEST_LIMIT

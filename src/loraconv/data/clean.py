@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from loraconv.data.listing import Listing, dumped
-from loraconv.io.atomic import OutputFile, OutputFolder, output_folder
+from loraconv.io.atomic import OutputFolder, output_folder
 from loraconv.io.input_file import InputFile
+from loraconv.io.output_file import OutputFile
 from loraconv.io.target import MANIFEST
 
 

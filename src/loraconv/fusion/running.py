@@ -32,7 +32,7 @@ def run(plan: Plan, planned: FuseResult, *, overwrite: bool, journal: bool, prov
         digests = [beside.submit(file_digests, one) for one in plan.used]
         progress = Progress(plan.bytes)
         kept = _keep(folder, plan, progress)
-        written = write_shards(folder, plan.place, plan.shards, plan.terms, progress)
+        written = write_shards(folder, plan.place, plan.shards, plan.terms, progress, cached=prove or journal)
         files = [*kept, *(FusedFile(name, file.size) for name, file in written.files.items())]
         files += [_write_text(folder, plan.place + name, text) for name, text in plan.texts.items()]
         result = replace(planned, crc32=written.crc32, base_crc32=written.base_crc32)

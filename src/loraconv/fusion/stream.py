@@ -13,8 +13,9 @@ from loraconv.fusion.changes import Changes, Plain, block_of, gather
 from loraconv.fusion.merging import BLOCK, Term, as_matrix, blocks, cast_rows
 from loraconv.fusion.shards import Entry, Shard
 from loraconv.health import compare_crc
-from loraconv.io.atomic import OutputFile, OutputFolder
+from loraconv.io.atomic import OutputFolder
 from loraconv.io.crc import combine, crc32
+from loraconv.io.output_file import OutputFile
 from loraconv.io.safetensors_write import header_of
 from loraconv.lazy import TensorRef, nbytes, whole
 from loraconv.names import DTYPE_BYTES, numel
@@ -50,20 +51,33 @@ class Progress:
 
 
 def write_shards(
-    folder: OutputFolder, place: str, shards: Sequence[Shard], terms: Mapping[str, Sequence[Term]], progress: Progress
+    folder: OutputFolder,
+    place: str,
+    shards: Sequence[Shard],
+    terms: Mapping[str, Sequence[Term]],
+    progress: Progress,
+    *,
+    cached: bool,
 ) -> Written:
-    """Write every shard below ``place`` (empty, or a folder's name with a slash) of the output."""
+    """Write every shard below ``place`` (empty, or a folder's name with a slash) of the output. ``cached`` leaves them
+    in the page cache, for whoever reads them next."""
     written = Written()
-    copied = [entry for shard in shards for entry in shard.entries if entry.copied]
+    cached = cached or not folder.can_write_directly()
+    copied = [entry for shard in shards for entry in shard.entries if entry.copied and cached]
     with _ending(workers()) as pool, _ending(ThreadPoolExecutor(1)) as beside:
         sums = {entry.called: beside.submit(_checksum, entry.base) for entry in copied}
         made = in_order(pool, _blocks(pool, shards, terms), _AHEAD)
         for shard in shards:
             with folder.file(place + shard.name, hashed=False) as file:
-                file.write(header_of([(entry.called, entry.stored) for entry in shard.entries], shard.metadata))
+                header = header_of([(entry.called, entry.stored) for entry in shard.entries], shard.metadata)
+                if not cached:
+                    file.write_directly(len(header) + shard.bytes)
+                file.write(header)
                 for run in shard.runs():
-                    if run[0].copied:
+                    if run[0].copied and cached:
                         _copy(file, run, progress)
+                    elif run[0].copied:
+                        _copy_directly(file, run, written, progress)
                     else:
                         _write(file, run[0], made, written, progress)
             written.files[place + shard.name] = file
@@ -136,6 +150,17 @@ def _copy(file: OutputFile, run: Sequence[Entry], progress: Progress) -> None:
         size = min(_COPY_BYTES, count - start)
         file.copy(first.file, first.offset + start, size)
         progress.add(size)
+
+
+def _copy_directly(file: OutputFile, run: Sequence[Entry], written: Written, progress: Progress) -> None:
+    """Copy tensors of the base past the page cache; each byte is read once."""
+    for entry in run:
+        crc = 0
+        for piece in file.copy_directly(entry.base.file, entry.base.offset, nbytes(entry.base)):
+            crc = crc32(piece, crc)
+            progress.add(len(piece))
+        _check(entry.base, crc)
+        written.crc32[entry.called] = f"{crc:08x}"
 
 
 def _write(file: OutputFile, entry: Entry, made: Iterator[Block], written: Written, progress: Progress) -> None:

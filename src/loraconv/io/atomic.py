@@ -1,4 +1,4 @@
-"""Outputs that appear whole or not at all: the only place in loraconv that opens anything for writing.
+"""Outputs that appear whole or not at all: nothing else in loraconv writes (the files themselves: ``output_file``).
 
 Everything is written into a temporary sibling ``.NAME.PID-RANDOM.part`` of the target NAME, which is locked with
 ``flock``, so that a later run can tell the remains of a dead process from the work of a living one. Each file is
@@ -16,7 +16,6 @@ target. Permission bits of a replaced folder and of its files are kept; owner, A
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -26,13 +25,11 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path, PurePosixPath
-from threading import Condition
 
 from loraconv.errors import WriteFailed
-from loraconv.io.digest import Digest
-from loraconv.io.input_file import InputFile
+from loraconv.io.output_file import OutputFile
+from loraconv.io.syscalls import exchange, rename_new
 from loraconv.io.target import (
     Inode,
     already_there,
@@ -46,29 +43,14 @@ from loraconv.io.target import (
     reported,
     resolve_target,
     shown,
-    write_failed,
 )
-from loraconv.lazy import PIECE_BYTES
 from loraconv.names import quoted
 
 #: The name of a single file while it is made.
 _LONE = "output"
 
-#: Writeback to the disk is begun after this many bytes.
-WRITEBACK_BYTES = 64 << 20
-#: The bytes of one write. Larger ones get larger pages, which a virtual machine may have given back to its host.
-WRITE_BYTES = 1 << 16
-#: This much is copied at a time, so that a signal, or a reader that follows, does not wait for a whole shard.
-COPY_BYTES = 16 << 20
-
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE, _SYNC_FILE_RANGE_WRITE = -100, 1, 2, 2
 _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
-# EPERM: what old container sandboxes answer to a call they do not know.
-_NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
-# copy_file_range between these files, or at all, is not to be had.
-_NO_COPY = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.ETXTBSY, errno.EXDEV}
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 
 
@@ -179,6 +161,14 @@ class OutputFolder:
         with reported(self._final(relative), self._needed):
             os.symlink(os.path.realpath(to), path)
 
+    def can_write_directly(self) -> bool:
+        """Whether this file system takes writes past the page cache, see :meth:`OutputFile.write_directly`."""
+        try:
+            os.close(os.open(self.path, os.O_TMPFILE | os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC, 0o600))
+        except OSError:
+            return False
+        return True
+
     def _has_old(self) -> bool:
         """Whether something that may be replaced is in the target's place; raises where it may not."""
         if self._replaces is not None:
@@ -244,7 +234,7 @@ class OutputFolder:
         """Give the finished folder its name; an old output keeps the name until that very moment."""
         # Checked again: hours may have passed since the first time.
         replaces = self._has_old()
-        if replaces and _exchange(self.path, self._target):
+        if replaces and exchange(self.path, self._target):
             return
         if replaces:
             os.rename(self._target, self._aside)
@@ -313,151 +303,10 @@ class _FolderOfOne(OutputFolder):
             os.rename(made, self._target)
             return
         try:
-            if not _renamed(made, self._target, _RENAME_NOREPLACE):
+            if not rename_new(made, self._target):
                 os.rename(made, self._target)
         except FileExistsError:
             raise file_there(self._target) from None
-
-
-class OutputFile:
-    """A file under construction at ``path``; ``size`` counts its bytes, ``sha256`` is their digest."""
-
-    def __init__(self, path: Path, final: Path, needed: int, hashed: bool) -> None:
-        self.path, self.size = path, 0
-        self._final, self._needed = final, needed
-        self._flushed = 0
-        self._grown, self._ended = Condition(), False
-        self._hash = Digest() if hashed else None
-        with reported(final, needed):
-            self._fd = os.open(path, _NEW_FILE, 0o666)
-
-    @property
-    def sha256(self) -> str | None:
-        """The digest in hexadecimal, once the file is complete; None if it was not asked for.
-
-        Waits for the thread that computes it; raises what reading a copied input again raises.
-        """
-        return self._hash.finish() if self._hash else None
-
-    def reserve(self, size: int) -> None:
-        """Give the file its final length before its bytes, so that a reader can follow the writer. See :meth:`wait`."""
-        with reported(self._final, self._needed):
-            os.ftruncate(self._fd, size)
-
-    def wait(self, end: int) -> None:
-        """Return when the first ``end`` bytes are written; raises OSError if the file ended or failed before that."""
-        with self._grown:
-            self._grown.wait_for(lambda: self.size >= end or self._ended)
-        if self.size < end:
-            raise OSError(errno.EIO, "the file was not completed")
-
-    def abandon(self) -> None:
-        """Write no more: whoever waits for a byte is told that it will not come. A second call does nothing."""
-        self._close()
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append ``data``. Raises :class:`WriteFailed`; the file cannot be completed after that."""
-        view = memoryview(data)
-        if not view.nbytes:
-            return
-        view = view.cast("B")
-        size = PIECE_BYTES if self._hash else len(view)
-        try:
-            for start in range(0, len(view), size):
-                piece = view[start : start + size]
-                # The hash may look at the piece later than the caller reuses a buffer.
-                if self._hash:
-                    self._hash.update(piece if isinstance(data, bytes) else bytes(piece))
-                self._append(piece)
-        except BaseException:
-            self._close()
-            raise
-
-    def copy(self, source: InputFile, offset: int, count: int) -> None:
-        """Append ``count`` bytes of an input file; inside the kernel where it can and no hash has to see them.
-
-        Raises :class:`WriteFailed`, and :class:`CorruptCheckpoint` where the input is too short.
-        """
-        try:
-            while count:
-                size = min(count, PIECE_BYTES if self._hash else COPY_BYTES)
-                if self._hash:
-                    self.write(source.pread(offset, size))
-                else:
-                    self._copy_range(source, offset, size)
-                offset, count = offset + size, count - size
-        except BaseException:
-            self._close()
-            raise
-
-    def _copy_range(self, source: InputFile, offset: int, count: int) -> None:
-        while count:
-            done = _copied_in_kernel(source, self._fd, offset, count, self._final, self._needed)
-            if done:
-                self._advance(done)
-            else:
-                piece = source.pread(offset, min(count, PIECE_BYTES))
-                done = len(piece)
-                self._append(memoryview(piece))
-            offset, count = offset + done, count - done
-
-    def _append(self, piece: memoryview) -> None:
-        with reported(self._final, self._needed):
-            while piece:
-                count = os.write(self._fd, piece[:WRITE_BYTES])
-                self._advance(count)
-                piece = piece[count:]
-
-    def _advance(self, count: int) -> None:
-        """``count`` more bytes are written: tell who waits for them, and let the disk begin from time to time."""
-        with self._grown:
-            self.size += count
-            self._grown.notify_all()
-        if self.size - self._flushed >= WRITEBACK_BYTES:
-            _start_writeback(self._fd, self._flushed, self.size - self._flushed)
-            self._flushed = self.size
-
-    def _end(self) -> None:
-        """Nothing more will be written: whoever waits for more waits in vain."""
-        with self._grown:
-            self._ended = True
-            self._grown.notify_all()
-
-    def _finish(self) -> None:
-        """Everything is written: check the length, set the mode, let the disk begin."""
-        self._end()
-        with reported(self._final, self._needed):
-            if os.fstat(self._fd).st_size != self.size:
-                raise OSError(errno.EIO, "the file is not as long as what was written to it")
-            mode = mode_of(self._final, stat.S_IFREG)
-            if mode is not None:
-                os.fchmod(self._fd, mode & 0o777)
-        _start_writeback(self._fd, self._flushed, self.size - self._flushed)
-
-    def _sync(self) -> None:
-        if self._hash:
-            self._hash.finish()  # the digest is asked for after the folder is in place, too
-        with reported(self._final, self._needed):
-            os.fsync(self._fd)
-            self._close()
-
-    def _close(self) -> None:
-        if self._hash:
-            self._hash.stop()
-        self._end()
-        descriptor, self._fd = self._fd, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-def _copied_in_kernel(source: InputFile, descriptor: int, offset: int, count: int, final: Path, needed: int) -> int:
-    """How many bytes ``copy_file_range`` appended; 0 where this file system or kernel cannot."""
-    try:
-        return os.copy_file_range(source.fileno(), descriptor, count, offset)
-    except OSError as error:
-        if error.errno in _NO_COPY:
-            return 0
-        raise write_failed(final, error, needed) from None
 
 
 def _lock(path: Path) -> int | None:
@@ -509,36 +358,6 @@ def _put_back(aside: Path, target: Path) -> None:
         # Any other failure leaves it where it is: it may be the only copy.
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             shutil.rmtree(aside, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the system cannot. Raises OSError."""
-    return _renamed(one, other, _RENAME_EXCHANGE)
-
-
-def _renamed(one: Path, other: Path, how: int) -> bool:
-    """Rename in a way that only ``renameat2`` knows; False where the system cannot. Raises OSError."""
-    renameat2 = _libc("renameat2")
-    if renameat2 is None:
-        return False
-    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), how) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in _NO_EXCHANGE:
-        return False
-    raise OSError(code, os.strerror(code))
-
-
-def _start_writeback(descriptor: int, offset: int, count: int) -> None:
-    """Let the disk begin with what is written so far, so that the fsync at the end is short. Failing does no harm."""
-    sync_file_range = _libc("sync_file_range")
-    if sync_file_range is not None:
-        sync_file_range(descriptor, ctypes.c_longlong(offset), ctypes.c_longlong(count), _SYNC_FILE_RANGE_WRITE)
-
-
-@cache
-def _libc(name: str) -> Callable[..., int] | None:
-    return getattr(ctypes.CDLL(None, use_errno=True), name, None)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from loraconv.io.atomic import OutputFile
 from loraconv.io.input_file import InputFile
+from loraconv.io.output_file import OutputFile
 
 
 class GrowingFile(InputFile):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -62,6 +64,29 @@ class InputFile:
 
     def pread(self, offset: int, count: int) -> bytes:
         """Exactly ``count`` bytes from ``offset``; raises :class:`CorruptCheckpoint` if they are not there."""
+        self._check_range(offset, count)
+        parts = []
+        while count:
+            with self._read_errors():
+                part = os.pread(self._fd, count, offset)
+            if not part:
+                self._changed("it became shorter while it was read")
+            parts.append(part)
+            offset += len(part)
+            count -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def pread_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` with the bytes from ``offset``; raises as :meth:`pread` does."""
+        self._check_range(offset, len(view))
+        while view:
+            with self._read_errors():
+                count = os.preadv(self._fd, [view], offset)
+            if not count:
+                self._changed("it became shorter while it was read")
+            view, offset = view[count:], offset + count
+
+    def _check_range(self, offset: int, count: int) -> None:
         if offset < 0 or count < 0 or offset + count > self.size:
             raise CorruptCheckpoint(
                 f"{self.shown} ends before the data it declares",
@@ -69,18 +94,13 @@ class InputFile:
                 slug="truncated",
                 hint="fetch or copy the file again and compare its size with the original",
             )
-        parts = []
-        while count:
-            try:
-                part = os.pread(self._fd, count, offset)
-            except OSError as error:
-                raise CorruptCheckpoint(f"cannot read {self.shown}", why=str(error), slug="read-error") from None
-            if not part:
-                self._changed("it became shorter while it was read")
-            parts.append(part)
-            offset += len(part)
-            count -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    @contextmanager
+    def _read_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CorruptCheckpoint(f"cannot read {self.shown}", why=str(error), slug="read-error") from None
 
     def check_unchanged(self) -> None:
         """Raise :class:`CorruptCheckpoint` if the file was truncated, rewritten or replaced since it was opened."""

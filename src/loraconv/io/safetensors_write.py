@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
-from loraconv.io.atomic import OutputFile
+from loraconv.io.output_file import OutputFile
 from loraconv.lazy import Lazy, nbytes, spans
 from loraconv.names import DTYPE_BYTES
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loraconv.io.atomic import OutputFile
 from loraconv.io.crc import crc32
+from loraconv.io.output_file import OutputFile
 from loraconv.lazy import Lazy, nbytes
 from loraconv.names import numel
 

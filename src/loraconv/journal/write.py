@@ -16,9 +16,10 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from loraconv.errors import CorruptCheckpoint, FormatError, ProofFailed
-from loraconv.io.atomic import OutputFile, OutputFolder
+from loraconv.io.atomic import OutputFolder
 from loraconv.io.crc import combine, crc32
 from loraconv.io.input_file import InputFile
+from loraconv.io.output_file import OutputFile
 from loraconv.io.target import JOURNAL
 from loraconv.journal.read import MAGIC, read_journal, read_rows, restored
 from loraconv.journal.ulps import DTYPES, Factors, chunks, encode, pack_factors, whole_factors

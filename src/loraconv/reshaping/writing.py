@@ -8,7 +8,8 @@ from pathlib import Path
 
 from loraconv.errors import ProofFailed
 from loraconv.fusion.adapters import Used
-from loraconv.io.atomic import OutputFile, OutputFolder, output_folder
+from loraconv.io.atomic import OutputFolder, output_folder
+from loraconv.io.output_file import OutputFile
 from loraconv.io.safetensors_write import write_safetensors
 from loraconv.io.target import MANIFEST
 from loraconv.io.torch_write import write_torch

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loraconv.io.atomic import OutputFile, OutputFolder
+from loraconv.io.atomic import OutputFolder
+from loraconv.io.output_file import OutputFile
 
 
 class Files:
