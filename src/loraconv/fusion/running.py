@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loraconv.fusion.adapters import file_digests
 from loraconv.fusion.changes import predicted
@@ -21,6 +22,9 @@ from loraconv.io.target import MANIFEST
 from loraconv.lazy import TensorRef
 from loraconv.model_folder import open_model
 
+if TYPE_CHECKING:
+    from loraconv.verifier.fused import FusedReport
+
 
 def run(plan: Plan, planned: FuseResult, *, overwrite: bool, journal: bool, prove: bool) -> FuseResult:
     """Write and prove what is planned; the output is in place when this returns."""
@@ -30,25 +34,34 @@ def run(plan: Plan, planned: FuseResult, *, overwrite: bool, journal: bool, prov
     folder_of = partial(output_folder, inputs=_inputs(plan), needed=plan.bytes + room, replaces=check)
     with folder_of(planned.out, overwrite=overwrite) as folder, ThreadPoolExecutor(1) as beside:
         digests = [beside.submit(file_digests, one) for one in plan.used]
+        prover = beside.submit(_prover) if prove else None
         progress = Progress(plan.bytes)
         kept = _keep(folder, plan, progress)
-        written = write_shards(folder, plan.place, plan.shards, plan.terms, progress, cached=prove or journal)
+        written = write_shards(folder, plan.place, plan.shards, plan.terms, progress, proved=prove, cached=journal)
         files = [*kept, *(FusedFile(name, file.size) for name, file in written.files.items())]
         files += [_write_text(folder, plan.place + name, text) for name, text in plan.texts.items()]
-        result = replace(planned, crc32=written.crc32, base_crc32=written.base_crc32)
+        result = planned
         with open_model(_output(folder, plan)) as made:
-            if prove:
-                from loraconv.fusion import proving  # a third of all modules, for which --no-prove need not wait
-
-                report = proving.prove(plan, made.tensors)
+            if prover is not None:
+                report = prover.result()(plan, made.tensors)
+                written.add((entry for shard in plan.shards for entry in shard.entries), report.crc32)
                 result = replace(result, proofs=(report.proof,), kept=report.kept)
             if journal:
                 files.append(_write_journal(folder, plan, made.tensors))
         _check_unchanged(plan)
         adapters = tuple(FusedAdapter.of(one, d.result()) for one, d in zip(plan.used, digests, strict=True))
-        result = replace(result, adapters=adapters, files=tuple(files))
+        result = replace(
+            result, adapters=adapters, files=tuple(files), crc32=written.crc32, base_crc32=written.base_crc32
+        )
         _write_text(folder, MANIFEST, result.record())
     return result
+
+
+def _prover() -> Callable[[Plan, Mapping[str, TensorRef]], FusedReport]:
+    """The proof: a third of all modules, which are imported while the shards are written, or not at all."""
+    from loraconv.fusion.proving import prove
+
+    return prove
 
 
 def _inputs(plan: Plan) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ from loraconv.ordered import in_order, workers
 #: Logs ``done`` and ``total`` bytes as its only argument, for whoever wants to show them.
 PROGRESS = logging.getLogger("loraconv.fusion")
 #: Blocks that may wait to be written: enough that no thread waits for work while a long range is copied.
-_AHEAD = 128
+_AHEAD = 32
 _COPY_BYTES = 32 << 20
 
 
@@ -36,6 +36,14 @@ class Written:
     files: dict[str, OutputFile] = field(default_factory=dict)
     crc32: dict[str, str] = field(default_factory=dict)
     base_crc32: dict[str, str] = field(default_factory=dict)
+
+    def add(self, entries: Iterable[Entry], crc32: Mapping[str, str]) -> None:
+        """Add the checksums (by the base's names) of those entries that are copied.
+
+        Raises :class:`CorruptCheckpoint` where the base's file declares another one."""
+        for entry in (entry for entry in entries if entry.copied):
+            _check(entry.base, int(crc32[entry.key], 16))
+            self.crc32[entry.called] = crc32[entry.key]
 
 
 @dataclass(slots=True)
@@ -57,15 +65,17 @@ def write_shards(
     terms: Mapping[str, Sequence[Term]],
     progress: Progress,
     *,
+    proved: bool,
     cached: bool,
 ) -> Written:
-    """Write every shard below ``place`` (empty, or a folder's name with a slash) of the output. ``cached`` leaves them
-    in the page cache, for whoever reads them next."""
+    """Write every shard below ``place`` (empty, or a folder's name with a slash) of the output. What is ``proved``
+    next gets the checksums of its copied tensors from there, see :meth:`Written.add`; ``cached`` leaves the shards in
+    the page cache for whoever reads them next."""
     written = Written()
-    cached = cached or not folder.can_write_directly()
-    copied = [entry for shard in shards for entry in shard.entries if entry.copied and cached]
+    cached = cached or proved or not folder.can_write_directly()
+    copied = [entry for shard in shards for entry in shard.entries if entry.copied and cached and not proved]
     with _ending(workers()) as pool, _ending(ThreadPoolExecutor(1)) as beside:
-        sums = {entry.called: beside.submit(_checksum, entry.base) for entry in copied}
+        sums = {entry.key: beside.submit(_checksum, entry.base) for entry in copied}
         made = in_order(pool, _blocks(pool, shards, terms), _AHEAD)
         for shard in shards:
             with folder.file(place + shard.name, hashed=False) as file:
@@ -81,9 +91,7 @@ def write_shards(
                     else:
                         _write(file, run[0], made, written, progress)
             written.files[place + shard.name] = file
-        written.crc32 |= {name: future.result() for name, future in sums.items()}
-    for entry in copied:
-        _check(entry.base, int(written.crc32[entry.called], 16))
+        written.add(copied, {key: future.result() for key, future in sums.items()})
     return written
 
 

@@ -314,8 +314,10 @@ def coarse(array: Array) -> Array:
     return rounded
 
 
-def same_bytes(one: Lazy, other: Lazy) -> bool:
-    """True if two tensors of one dtype and shape hold the same bytes, read a few MiB at a time."""
+def same_bytes(one: Lazy, other: Lazy, seen: Callable[[bytes], None] | None = None) -> bool:
+    """True if two tensors of one dtype and shape hold the same bytes, read a few MiB at a time.
+
+    ``seen`` is given the bytes of ``other`` in pieces, as far as they are the same."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     streams = one.pieces(), other.pieces()
@@ -328,4 +330,6 @@ def same_bytes(one: Lazy, other: Lazy) -> bool:
             return len(left) == len(right)
         if left[:count] != right[:count]:
             return False
+        if seen is not None:
+            seen(right[:count])
         left, right = left[count:], right[count:]

@@ -7,10 +7,11 @@ is computed here from the formats' own definitions, in this package's own arithm
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from loraconv.errors import FormatError
+from loraconv.io.crc import crc32
 from loraconv.lazy import TensorRef
 from loraconv.names import fold_names
 from loraconv.verifier.diagnosis import Finding
@@ -28,13 +29,15 @@ class FusedReport:
     """The proof, why it failed (empty if it holds), the tensors that the adapters touch, and the sum of their figures.
 
     ``kept`` is the share of the delta that survived the rounding, None for a delta of zero: near 1 unless the adapter
-    is so weak that most of it is less than half a unit of the base's numbers.
+    is so weak that most of it is less than half a unit of the base's numbers. ``crc32`` (eight hexadecimal digits) are
+    the checksums of the tensors that were seen to have the base's bytes, as they are in the fused model.
     """
 
     proof: Proof
     findings: tuple[Finding, ...]
     tensors: tuple[TensorResult, ...]
     total: Figures
+    crc32: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kept(self) -> float | None:
@@ -70,8 +73,8 @@ def prove_fused(
     touched, untouched = case.touched(), case.untouched()
     with beside_it(lambda: fused_controls(case, touched, untouched)) as mistakes:
         results = list(in_parallel(lambda name: _touched(case, name, touched[name]), _by_place(fused, touched)))
-        same = in_parallel(lambda name: (name, is_rounded(case.base[name], fused[name])), _by_place(fused, untouched))
-        changed = sorted(name for name, fine in same if not fine)
+        same = list(in_parallel(lambda name: (name, *_untouched(case, name)), _by_place(fused, untouched)))
+        changed = sorted(name for name, fine, _ in same if not fine)
     order = {name: place for place, name in enumerate(touched)}
     tensors = tuple(sorted(results, key=lambda result: order[result.name]))
     checks = (
@@ -84,7 +87,8 @@ def prove_fused(
     controls = (*mistakes.result(), *beside_controls(case, base, beside))
     proof = Proof("fused", checks, controls)
     findings = () if all(check.passed for check in checks) else tuple(diagnose_fused(case, tensors, changed))
-    return FusedReport(proof, findings, tensors, sum((t.figures for t in tensors), Figures()))
+    sums = {name: crc for name, fine, crc in same if fine and crc}
+    return FusedReport(proof, findings, tensors, sum((t.figures for t in tensors), Figures()), sums)
 
 
 def _as_matrices(tensors: Tensors, names: Collection[str]) -> dict[str, TensorRef]:
@@ -127,6 +131,18 @@ def _by_place(fused: Mapping[str, TensorRef], names: Iterable[str]) -> list[str]
 def _touched(case: Case, name: str, module: str) -> TensorResult:
     figures = measure(case.base[name], case.fused[name], case.delta(module))
     return TensorResult(name, module, case.accepts(figures), figures)
+
+
+def _untouched(case: Case, name: str) -> tuple[bool, str]:
+    """Whether a tensor is that of the base, and the CRC-32 of its bytes where it has to have the same; else empty."""
+    crc = 0
+
+    def add(piece: bytes) -> None:
+        nonlocal crc
+        crc = crc32(piece, crc)
+
+    base, stored = case.base[name], case.fused[name]
+    return is_rounded(base, stored, add), f"{crc:08x}" if base.dtype == stored.dtype else ""
 
 
 def _check_homes(case: Case) -> Check:

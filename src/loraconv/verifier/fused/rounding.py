@@ -7,7 +7,7 @@ others are computed again in float64. So every statement is one about the exact 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -101,10 +101,11 @@ def measure(base: TensorRef, stored: TensorRef, delta: Delta) -> Figures:
     return total
 
 
-def is_rounded(base: TensorRef, stored: TensorRef) -> bool:
-    """True if ``stored`` has the bytes of ``base``, or, in another dtype, its numbers, each rounded once."""
+def is_rounded(base: TensorRef, stored: TensorRef, seen: Callable[[bytes], None] | None = None) -> bool:
+    """True if ``stored`` has the bytes of ``base``, or, in another dtype, its numbers, each rounded once. ``seen`` is
+    given the same bytes, in pieces."""
     if base.dtype == stored.dtype:
-        return same_bytes(base, stored)
+        return same_bytes(base, stored, seen)
     matrix = _matrix(base)
     return not measure(matrix, _matrix(stored), _nothing(matrix.shape)).misrounded
 
