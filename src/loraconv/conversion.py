@@ -27,7 +27,7 @@ from loraconv.io.output_file import OutputFile
 from loraconv.io.safetensors_write import begin_safetensors, write_safetensors, write_tensors
 from loraconv.io.target import MANIFEST
 from loraconv.io.torch_write import write_torch
-from loraconv.jobs import Job, Options, adapter_job, base_job
+from loraconv.jobs import Checked, Job, Options, adapter_job, base_job
 from loraconv.lazy import Lazy
 from loraconv.names import printable, quoted
 from loraconv.notices import unknown_notices
@@ -221,9 +221,7 @@ def _finish(
         dict.fromkeys([*source.notices, *notices, *unknown_notices(detected), *(n for p in plans for n in p.notices)])
     )
     if request.dry_run:
-        for job in jobs:
-            if job.check is not None:
-                job.check(Watch())
+        said = tuple(dict.fromkeys([*said, *_checked(jobs, Watch()).notices]))
         planned = ConvertResult(Path(request.out), request.to, summary, plans, notices=said, dry_run=True)
         return replace(planned, dropped=dropped, kept=kept)
     needed = sum(plan.bytes for plan in plans) + (1 << 20)
@@ -235,11 +233,12 @@ def _finish(
         with ThreadPoolExecutor(1) as beside:
             work = [_write(folder, job, _Proving(source, detected, folder, beside, watch)) for job in jobs]
             proofs = _proofs([proof for _, proof in work], jobs, watch)
-        crc32 = _checked(jobs, watch)
+        checked = _checked(jobs, watch)
         made = {name: file for written, _ in work for name, file in written.items()}
         files = tuple(WrittenFile(name, file.size, file.sha256) for name, file in made.items())
         source.check_unchanged()
-        result = ConvertResult(Path(request.out), request.to, summary, plans, files, proofs, said, crc32)
+        said = tuple(dict.fromkeys([*said, *checked.notices]))
+        result = ConvertResult(Path(request.out), request.to, summary, plans, files, proofs, said, checked.crc32)
         result = replace(result, dropped=dropped, kept=kept)
         _write_text(folder, MANIFEST, _manifest(result, request))
     return result
@@ -254,9 +253,11 @@ def _proofs(proving: Sequence[Callable[[], Proof]], jobs: Sequence[Job], watch: 
         raise
 
 
-def _checked(jobs: Sequence[Job], watch: Watch) -> dict[str, str]:
-    """The CRC-32 of every tensor of the bases; raises where the numbers of the source are not sound."""
-    return {name: crc for job in jobs if job.check is not None for name, crc in job.check(watch).items()}
+def _checked(jobs: Sequence[Job], watch: Watch) -> Checked:
+    """What is found out about the numbers of the source; raises where they are not sound."""
+    found = [job.check(watch) for job in jobs if job.check is not None]
+    crc32 = {name: crc for one in found for name, crc in one.crc32.items()}
+    return Checked(crc32, [notice for one in found for notice in one.notices])
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,10 +320,9 @@ def _write_text(folder: OutputFolder, name: str, text: str) -> OutputFile:
 
 
 def _prove(proving: _Proving, job: Job, opener: Callable[[Path], InputFile] = InputFile) -> Proof:
-    # The numbers of an adapter were looked at before anything was written.
-    source = (
-        proving.source if not job.is_base else replace(proving.source, ranks=proving.watch.over(proving.source.ranks))
-    )
+    source = proving.source
+    if job.check is not None:
+        source = replace(source, ranks=proving.watch.over(source.ranks))
     if job.claims is not None:
         return _prove_approximated(proving, job, job.claims)
     proof = prove_written(

@@ -1,7 +1,7 @@
 """What is wrong with the numbers of an adapter or a base: NaN, Inf, an ``up`` that is all zero, damaged storage.
 
-An adapter is looked at before anything is written; a base while its proof reads it, since a second pass over gigabytes
-would cost as much as the copy.
+What is converted is looked at while its proof reads it, since a second pass would cost as much as the copy; an adapter
+that is fused or merged, before anything is computed from it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,17 @@ class Health:
 
 def check_adapter(adapter: Adapter) -> Health:
     """Read every factor once; raises :class:`CorruptCheckpoint` where the container's own checksum does not fit."""
-    tensors: dict[str, Lazy] = {next(iter(t.leaves())).name: t for f in adapter.factors for t in (f.down, f.up)}
-    return Health(
-        nonfinite=_nonfinite(tensors),
-        zero_up=[f.module for f in adapter.factors if is_zero(f.up)],
-    )
+    return Health(nonfinite=_nonfinite(adapter_tensors(adapter)), zero_up=zero_up(adapter))
+
+
+def adapter_tensors(adapter: Adapter) -> dict[str, Lazy]:
+    """The factors by the names that they have in their files."""
+    return {next(iter(t.leaves())).name: t for f in adapter.factors for t in (f.down, f.up)}
+
+
+def zero_up(adapter: Adapter) -> list[str]:
+    """The modules whose ``up`` is zero everywhere."""
+    return [f.module for f in adapter.factors if is_zero(f.up)]
 
 
 def check_tensors(tensors: Iterable[TensorRef]) -> Health:
@@ -74,8 +80,8 @@ def _nonfinite(tensors: Mapping[str, Lazy]) -> list[str]:
     return [name for name, tensor in tensors.items() if not is_finite(tensor)]
 
 
-def check_base(tensors: Mapping[str, Lazy], watch: Watch) -> tuple[list[str], dict[str, str]]:
-    """``(names with NaN or Inf, name -> CRC-32 in hexadecimal)`` of a base model's tensors as they are written.
+def check_watched(tensors: Mapping[str, Lazy], watch: Watch) -> tuple[list[str], dict[str, str]]:
+    """``(names with NaN or Inf, name -> CRC-32 in hexadecimal)`` of tensors as they are written.
 
     What ``watch`` has seen is not read again. The CRC-32 of a storage that is cut up (q, k and v in one) follows from
     those of its parts; it is compared with the container's own. Raises :class:`CorruptCheckpoint` where they differ.

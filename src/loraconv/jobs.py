@@ -16,7 +16,7 @@ from loraconv.base import bare_tensors, read_base
 from loraconv.detect import Detected
 from loraconv.errors import FormatError, UsageError
 from loraconv.fold import refuse_ruin
-from loraconv.health import check_adapter, check_base, check_copies, check_tensors, nonfinite_error
+from loraconv.health import adapter_tensors, check_copies, check_tensors, check_watched, nonfinite_error, zero_up
 from loraconv.model_config import check_positions, infer_config
 from loraconv.names import DTYPE_WORDS, fold_names, printable, quoted
 from loraconv.notices import left_behind, nearest_notices
@@ -71,19 +71,26 @@ class Options:
         return DTYPE_WORDS[self.dtype]
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found out about a source's numbers: the CRC-32 of every tensor of a base, and what has to be said."""
+
+    crc32: dict[str, str] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+
 @dataclass(slots=True)
 class Job:
     """One part of a conversion: the plan, the sub-folder it goes to, and what its proof needs (``claims``, where the
     factors are an approximation).
 
-    ``check`` raises if the source's numbers are not sound, and returns the CRC-32 of every tensor; it reads what its
-    watch has not seen.
+    ``check`` raises if the source's numbers are not sound; it reads what its watch has not seen.
     """
 
     plan: Plan
     place: str
     proof: dict[str, Any] = field(default_factory=dict)
-    check: Callable[[Watch], dict[str, str]] | None = None
+    check: Callable[[Watch], Checked] | None = None
     claims: Claims | None = None
     is_base: bool = False
 
@@ -102,24 +109,33 @@ def adapter_job(
         return job, [*notices, *aside_notices(aside)]
     alpha = options.exact_alpha
     adapter = read_adapter(source, detected, alpha=alpha, strict=options.strict, nearest=options.nearest)
-    notices = _health_notices(source, adapter, options) + left_behind(source, detected) + nearest_notices(source)
+    notices = _zero_notices(adapter) + left_behind(source, detected) + nearest_notices(source)
     notices += aside_notices(aside)
     target = dialect(to)
-    plan = plan_adapter(
-        adapter,
-        target,
-        detected.family,
-        alike=detected.alike,
-        dtype=options.dtype_name,
-        scale_in=options.scale_in,
-    )
+
+    def check(watch: Watch) -> Checked:
+        bad, _ = check_watched(adapter_tensors(adapter), watch)
+        return Checked(notices=_nonfinite_notices(source, bad, options))
+
+    try:
+        plan = plan_adapter(
+            adapter,
+            target,
+            detected.family,
+            alike=detected.alike,
+            dtype=options.dtype_name,
+            scale_in=options.scale_in,
+        )
+    except FormatError:
+        check(Watch())  # damage may make numbers that no dtype can hold
+        raise
     proof = {
         "aside": set_aside,
         "alpha": alpha,
         "every_consumer": not target.every_consumer_reads_alpha and folds(adapter.factors, target, options.scale_in),
         "dtype": options.dtype_name,
     }
-    return Job(with_kept(plan, aside.kept), "", proof), notices
+    return Job(with_kept(plan, aside.kept), "", proof, check), notices
 
 
 def _special_job(
@@ -198,14 +214,11 @@ def _cannot_carry(source: Source, specials: Sequence[Special], target: Dialect) 
     )
 
 
-def _health_notices(source: Source, adapter: Adapter, options: Options) -> list[str]:
-    health = check_adapter(adapter)
-    notices = _nonfinite_notices(source, health.nonfinite, options)
-    if len(health.zero_up) == len(adapter.factors):
-        notices.append("every up factor (lora_B) is zero: the adapter is untrained and does nothing")
-    elif health.zero_up:
-        notices.append(f"the up factor is zero, so these do nothing: {'; '.join(fold_names(health.zero_up)[:4])}")
-    return notices
+def _zero_notices(adapter: Adapter) -> list[str]:
+    zero = zero_up(adapter)
+    if len(zero) == len(adapter.factors):
+        return ["every up factor (lora_B) is zero: the adapter is untrained and does nothing"]
+    return [f"the up factor is zero, so these do nothing: {'; '.join(fold_names(zero)[:4])}"] if zero else []
 
 
 def _nonfinite_notices(source: Source, names: list[str], options: Options) -> list[str]:
@@ -224,13 +237,13 @@ def base_job(source: Source, detected: Detected, options: Options, limit: int, p
     tensors = read_base(source, detected, config)
     plan = plan_base(tensors, config, dialect("diffusers"), dtype=options.dtype_name, limit=limit)
 
-    def check(watch: Watch) -> dict[str, str]:
+    def check(watch: Watch) -> Checked:
         made = {o.name: o.tensor for file in plan.files for o in file.outputs}
         refuse_ruin(made)
-        bad, checksums = check_base(made, watch)
+        bad, checksums = check_watched(made, watch)
         if bad and not options.allow_nonfinite:
             raise nonfinite_error(bad, str(source.path))
-        return checksums
+        return Checked(checksums)
 
     if source.config is None and inferred.assumed:
         plan = replace(plan, notices=(_assumed(source, inferred.assumed, options.strict),))

@@ -6,6 +6,7 @@ input, 5 proof failed, 6 write failed, 7 hub or network, 130 interrupted, 143 te
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         from loraconv.cli.allocator import keep_freed_memory
 
         keep_freed_memory()
-    if words and words[0] in ("fuse", "merge", "resize", "verify"):
+        gc.set_threshold(50_000, 20, 20)  # the modules alone make it look at everything a dozen times
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # they have threads of their own, which BLAS's would hinder
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)  # before and after the command, a signal just ends the process

@@ -102,11 +102,10 @@ class OutputFile:
         """
         try:
             while count:
-                size = min(count, PIECE_BYTES if self._hash else COPY_BYTES)
+                size = min(count, COPY_BYTES)
                 if self._hash:
-                    self.write(source.pread(offset, size))
-                else:
-                    self._copy_range(source, offset, size)
+                    self._hash.update_from(source, offset, size)
+                self._copy_range(source, offset, size)
                 offset, count = offset + size, count - size
         except BaseException:
             self._close()
