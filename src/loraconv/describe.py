@@ -219,6 +219,10 @@ def _next(source: Source, detected: Detected, problem: str) -> str:
         nearest = " --nearest" if len(source.ranks) > 1 else ""
         given = " --alpha A" if problem else ""
         return f"loraconv sat2diffusers {path} -o lora{given}{nearest}"
+    specials = read_specials(source, detected) if detected.ledger.more else []
+    if specials and all(one.is_plain for one in specials):
+        to = "bfl-control" if any(one.kind == "whole norm" for one in specials) else "peft"
+        return f"loraconv convert {path} -o out --to {to if detected.dialect.name == 'diffusers' else 'diffusers'}"
     if detected.ledger.more:
         return f"loraconv convert {path} -o out --to {'kohya' if detected.dialect.name == 'comfyui' else 'comfyui'}"
     if detected.has_factors:
