@@ -192,7 +192,7 @@ def _cannot_carry(source: Source, specials: Sequence[Special], target: Dialect) 
     dora = "the magnitudes of DoRA normalise the sum of weight and delta; its consumers would leave them out"
     pairs = "its files hold pairs of factors for linear layers, or divide the rows of these modules otherwise"
     beside = [one for one in only if one.is_plain]
-    if beside:
+    if beside and not can_be_beside(beside, target):
         pairs = f"{target.name} has no names for biases of lora_B, nor for norm layers as a whole"
         way = f"--to diffusers; without them: {_without(beside)}"
     if all(one.kind == "norm" for one in only):
