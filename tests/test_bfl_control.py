@@ -95,7 +95,11 @@ def test_inspect_says_what_it_is_and_what_it_holds(original: Path) -> None:
     assert summary.model.startswith("FLUX.1")
     assert summary.problem == ""
     assert summary.adapter is not None
-    assert (summary.adapter.ranks, summary.adapter.scales, summary.adapter.modules) == ((2, 4), ("1",), 50)  # of qkv three, of linear1 four
+    assert (summary.adapter.ranks, summary.adapter.scales, summary.adapter.modules) == (
+        (2, 4),
+        ("1",),
+        36 + 4 * 2 + 2 * 3,
+    )
     assert {group.what: group.tensors for group in summary.contents} == {
         "LoRA with bias, 36 modules": 3 * 36,
         "whole norm, 12 modules": 12,
