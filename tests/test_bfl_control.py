@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import loraconv
-from loraconv import algebra, beside
+from loraconv import algebra, beside, plan
 from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError, ProofFailed
 from loraconv.lazy import Zeros
 from loraconv.written import write_vectors
@@ -338,6 +338,43 @@ def test_a_wrong_conversion_does_not_pass_the_proof(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_without_the_word_for_its_biases_does_not_pass(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers would make layers without them."""
+    monkeypatch.setattr(beside, "_saying_so", lambda plan, target, family: plan)
+    with pytest.raises(ProofFailed) as caught:
+        loraconv.convert(original, out=tmp_path / "out", to="diffusers")
+    assert "lora_bias" in caught.value.why
+
+
+@pytest.mark.parametrize("left", ["*_norm.scale", "img_in.*"])
+def test_a_control_file_that_its_readers_would_not_know_does_not_pass(
+    left: str, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "refuse_parts_of_a_model", lambda target, modules: None)
+    with pytest.raises(ProofFailed, match="would not load"):
+        loraconv.convert(original, out=tmp_path / "out", to="bfl-control", drop=[left])
+
+
+def test_norms_without_the_prefix_are_read_and_are_written_with_it(converted: Path, tmp_path: Path) -> None:
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(converted).items()}
+    file = saved(tmp_path / "in", bare, LORA)
+    made = loraconv.convert(file, out=tmp_path / "out", to="diffusers")
+    assert [proof.passed for proof in made.proofs] == [True]
+    assert load_file(tmp_path / "out" / LORA).keys() == load_file(converted).keys()
+
+
+def test_whole_norms_written_without_the_prefix_do_not_pass(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers passes over them."""
+    monkeypatch.setattr(beside, "fill", lambda _, fields: fields["module"].removeprefix("transformer.") + ".weight")
+    with pytest.raises(ProofFailed) as caught:
+        loraconv.convert(original, out=tmp_path / "out", to="diffusers")
+    assert "without the prefix" in caught.value.why
+
+
 def test_a_whole_norm_is_no_difference_of_one(tmp_path: Path) -> None:
     """LyCORIS adds ``w_norm`` to the base's weight."""
     pair = {
@@ -536,6 +573,18 @@ def test_a_scale_that_cannot_be_folded_exactly_widens_the_bias_too(tmp_path: Pat
     assert {t.dtype for t in got.values()} == {torch.float32}
     bias = had["base_model.model.blocks.0.attn1.to_q.lora_B.bias"]
     assert torch.equal(got["transformer.blocks.0.attn1.to_q.lora_B.bias"], 1.5 * bias.float())
+
+
+def test_a_bias_that_its_dtype_cannot_hold_at_the_scale_is_refused_and_not_rounded(tmp_path: Path) -> None:
+    """Half of the smallest number above zero; the factors have none as small."""
+    source, had = peft_folder(tmp_path / "in", 1, torch.float16)
+    had["base_model.model.blocks.0.attn1.to_q.lora_B.bias"][3] = 2.0**-24
+    save_file(had, source / "adapter_model.safetensors")
+    convert = partial(loraconv.convert, source, out=tmp_path / "out", to="diffusers", family="wan")
+    error = refused(convert)
+    assert (error.slug, error.where) == ("cannot-carry", "blocks.0.attn1.to_q, times 0.5")
+    assert "--scale-in metadata" in error.hint
+    assert [proof.passed for proof in convert(scale_in="metadata").proofs] == [True]
 
 
 def test_a_scale_that_stays_in_the_header_is_left_out_of_the_bias(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ base's and has no scale. Facts: huggingface/peft ``tuners/lora/layer.py`` (``lor
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -45,32 +45,23 @@ def plan_beside(
     family = family_for([m for one in specials for m in one.targets], target, (detected.family, *detected.alike))
     naming = naming_for(target, family)
     pairs = [one for one in specials if one.kind == "LoRA"]
-    whole = {m: rows for one in specials if one.kind != "LoRA" for m, rows in _rows(one, "norm", detected)}
+    whole = {m: v for o in specials if "norm" in o.tensors for m, v in rows_of(o.tensors["norm"], o, detected).items()}
     norms = write_vectors(whole, dict.fromkeys(whole, 0), naming)
     adapter = read_plain(source, detected, pairs, alpha=None, strict=strict)
     plan = plan_adapter(adapter, target, detected.family, alike=detected.alike, scale_in=scale_in, norms=norms.keys())
-    found = {m: rows for one in pairs if "bias" in one.tensors for m, rows in _rows(one, "bias", detected)}
+    found = {m: v for o in pairs if "bias" in o.tensors for m, v in rows_of(o.tensors["bias"], o, detected).items()}
     _refuse_some(found, adapter.factors)
     planned = {factor.module: factor for factor in plan.factors}
     biases = {f.module: _scaled(found[f.module], f, planned[f.module]) for f in adapter.factors if found}
     columns = {factor.module: factor.down.shape[1] for factor in adapter.factors}
-    spelled = {
-        f"{name}.{_end_of_bias(target)}": vector for name, vector in write_vectors(biases, columns, naming).items()
-    }
+    end = next((end for end, side in target.more.items() if side == "bias"), "")
+    spelled = {f"{name}.{end}": vector for name, vector in write_vectors(biases, columns, naming).items()}
     spelled |= {fill(target.norm, {"module": name}): vector for name, vector in norms.items()}
     made = (Output(name, vector, how(vector), exact_recipe(vector)) for name, vector in spelled.items())
     file = replace(plan.files[0], outputs=(*plan.files[0].outputs, *made))
     file = replace(file, metadata={**file.metadata, **proof_claim(file.outputs)})
     plan = replace(plan, files=(file,))
     return _saying_so(plan, target, family) if biases and target.bias_at else plan
-
-
-def _rows(one: Special, side: str, detected: Detected) -> Iterator[tuple[str, Lazy]]:
-    yield from rows_of(one.tensors[side], one, detected).items()
-
-
-def _end_of_bias(target: Dialect) -> str:
-    return next((end for end, side in target.more.items() if side == "bias"), "")
 
 
 def _refuse_some(biases: dict[str, Lazy], factors: Sequence[Factor]) -> None:

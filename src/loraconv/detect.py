@@ -189,15 +189,14 @@ def _readings_as(source: Source, dialect: Dialect, names: Mapping[str, int]) -> 
 
 
 def _score(keys: Sequence[_Key], naming: Naming) -> tuple[int, int]:
-    factors = base = norms = 0
+    factors = base = 0
     for name, key, count in keys:
         if not name.startswith(naming.begins):
             continue
         group = _group(name, key, naming)
-        factors += count * (group in ("factors", "alphas", "more"))
-        norms += count * (group == "norms")
+        factors += count * (group in ("factors", "alphas", "more", "norms"))
         base += count * (group == "base")
-    return (factors + norms, base) if factors else (0, base + norms)
+    return factors, base
 
 
 def is_there(mark: Mark, source: Source) -> bool:

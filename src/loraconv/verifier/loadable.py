@@ -105,6 +105,8 @@ def check_written(
         _check_modules("base_model.model.", tensors, _peft_config(settings), dora)
         return
     factors, _ = whole_norms(tensors)
+    if any(not name.startswith("transformer.") for name in tensors.keys() - factors.keys()):
+        raise unloadable("whole norms without the prefix transformer.")
     components = by_component(factors)
     _check_header(metadata, components)
     for component, own in components.items():

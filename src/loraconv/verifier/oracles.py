@@ -172,7 +172,7 @@ def diffusers_pairs(
 
 
 #: What diffusers' FLUX pipelines load into the model itself (``_control_lora_supported_norm_keys``).
-_WHOLE_NORM = re.compile(r"transformer\.(.+\.norm_(?:added_)?[qk]\.weight)")
+_WHOLE_NORM = re.compile(r"(?:transformer\.)?(.+\.norm_(?:added_)?[qk]\.weight)")
 
 
 def whole_norms(tensors: Tensors) -> tuple[dict[str, TensorRef], dict[str, Pair]]:
