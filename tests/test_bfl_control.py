@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxControlPipeline, FluxTransformer2DModel
 from diffusers.loaders import lora_conversion_utils as theirs
-from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -523,74 +522,3 @@ def test_the_real_pipeline_computes_what_the_control_lora_says(tmp_path: Path) -
         loraconv.convert(less, out=tmp_path / f"without {parts}", to="diffusers")
         other = forward(pipeline(tmp_path / f"without {parts}" / LORA).transformer)
         assert (other - expected).norm() > 1e-3 * expected.norm()
-
-
-# --- the same biases in peft's folders --------------------------------------------------------------------------------
-
-
-class Wan(torch.nn.Module):
-    """Two modules with names that Wan has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = torch.nn.ModuleList([torch.nn.Module()])
-        self.blocks[0].attn1 = torch.nn.Module()
-        self.blocks[0].attn1.to_q, self.blocks[0].attn1.to_k = torch.nn.Linear(6, 8), torch.nn.Linear(6, 8)
-
-
-def peft_folder(folder: Path, alpha: int, dtype: torch.dtype) -> tuple[Path, Tensors]:
-    torch.manual_seed(3)
-    config = LoraConfig(r=2, lora_alpha=alpha, target_modules=["to_q", "to_k"], lora_bias=True)
-    model = PeftModel(Wan(), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter)) if "lora_" in name else None
-    model.to(dtype).save_pretrained(folder)
-    return folder, load_file(folder / "adapter_model.safetensors")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_scale_that_goes_into_up_goes_into_its_bias_and_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
-    source, had = peft_folder(tmp_path / "in", 4, dtype)
-    made = loraconv.convert(source, out=tmp_path / "out", to="diffusers", family="wan")
-    assert [proof.passed for proof in made.proofs] == [True]
-    got = load_file(tmp_path / "out" / LORA)
-    for end in ("lora_B.weight", "lora_B.bias"):
-        name = f"blocks.0.attn1.to_k.{end}"
-        assert torch.equal(got[f"transformer.{name}"].double(), 2 * had[f"base_model.model.{name}"].double())
-    assert loraconv.verify(source, tmp_path / "out").same
-    loraconv.convert(tmp_path / "out", out=tmp_path / "back", to="peft", family="wan")
-    back = load_file(tmp_path / "back" / "adapter_model.safetensors")
-    assert back.keys() == had.keys()
-    assert [n for n, t in had.items() if not torch.equal(back[n], t)] == []
-
-
-def test_a_scale_that_cannot_be_folded_exactly_widens_the_bias_too(tmp_path: Path) -> None:
-    source, had = peft_folder(tmp_path / "in", 3, torch.bfloat16)
-    made = loraconv.convert(source, out=tmp_path / "out", to="diffusers", family="wan")
-    assert [proof.passed for proof in made.proofs] == [True]
-    got = load_file(tmp_path / "out" / LORA)
-    assert {t.dtype for t in got.values()} == {torch.float32}
-    bias = had["base_model.model.blocks.0.attn1.to_q.lora_B.bias"]
-    assert torch.equal(got["transformer.blocks.0.attn1.to_q.lora_B.bias"], 1.5 * bias.float())
-
-
-def test_a_bias_that_its_dtype_cannot_hold_at_the_scale_is_refused_and_not_rounded(tmp_path: Path) -> None:
-    """Half of the smallest number above zero; the factors have none as small."""
-    source, had = peft_folder(tmp_path / "in", 1, torch.float16)
-    had["base_model.model.blocks.0.attn1.to_q.lora_B.bias"][3] = 2.0**-24
-    save_file(had, source / "adapter_model.safetensors")
-    convert = partial(loraconv.convert, source, out=tmp_path / "out", to="diffusers", family="wan")
-    error = refused(convert)
-    assert (error.slug, error.where) == ("cannot-carry", "blocks.0.attn1.to_q, times 0.5")
-    assert "--scale-in metadata" in error.hint
-    assert [proof.passed for proof in convert(scale_in="metadata").proofs] == [True]
-
-
-def test_a_scale_that_stays_in_the_header_is_left_out_of_the_bias(tmp_path: Path) -> None:
-    source, had = peft_folder(tmp_path / "in", 3, torch.bfloat16)
-    loraconv.convert(source, out=tmp_path / "out", to="diffusers", family="wan", scale_in="metadata")
-    got = load_file(tmp_path / "out" / LORA)
-    name = "blocks.0.attn1.to_q.lora_B.bias"
-    assert torch.equal(got[f"transformer.{name}"], had[f"base_model.model.{name}"])
-    assert loraconv.verify(source, tmp_path / "out").same
