@@ -2,7 +2,8 @@
 
 Every linear layer has factors and a bias of ``lora_B``, and the norms of queries and keys are there as a whole: they
 take the place of the base's. No alpha: what the three add up to is applied at scale 1. ``img_in`` is wider than the
-base's, which its readers widen with zeros. They know the format by its norms, and diffusers wants every module.
+base's, which its readers widen with zeros. They know the format by its norms, and diffusers wants every module; it
+swaps the halves of the last modulation in lora_A as well as in lora_B (0.42), which makes another delta of it.
 Facts: black-forest-labs/flux ``src/flux/modules/lora.py``, huggingface/diffusers ``loaders/lora_conversion_utils.py``
 and ``lora_pipeline.py``, comfyanonymous/ComfyUI ``comfy/lora_convert.py``.
 """
