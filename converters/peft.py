@@ -26,6 +26,7 @@ PEFT = Dialect(
     rslora_at="use_rslora",
     targets_at="target_modules",
     dora_at="use_dora",
+    bias_at="lora_bias",
     settings={
         "base_model_name_or_path": None,
         "bias": "none",
@@ -38,7 +39,13 @@ PEFT = Dialect(
     },
     any_model=True,
     convolutions=True,
-    carries=("any module", "a rank and an alpha for each module", "rsLoRA", "DoRA with a magnitude for each row"),
+    carries=(
+        "any module",
+        "a rank and an alpha for each module",
+        "rsLoRA",
+        "DoRA with a magnitude for each row",
+        "biases of lora_B",
+    ),
     cannot_carry=("LoHa, LoKr and full differences in a LoRA's folder: --approximate svd makes the nearest LoRA",),
     facts="huggingface/peft src/peft/tuners/lora, src/peft/utils/save_and_load.py",
 )

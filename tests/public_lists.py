@@ -24,8 +24,7 @@ Tensors = dict[str, torch.Tensor]
 @dataclass(frozen=True)
 class PublicList:
     """One list. ``tensors`` has folded keys; ``to`` is where the tests convert it, ``drop`` what they leave behind;
-    ``one_way`` says that the format itself cannot be written again from there. Without a ``dialect`` it is of a format
-    that has to be refused."""
+    ``one_way`` says that the format itself cannot be written again from there."""
 
     path: Path
     origin: tuple[str, ...]

@@ -21,8 +21,7 @@ from loraconv.source import open_source
 from tests.public_lists import PublicList, every_step, public_lists, unfolded, write, write_headers
 from tests.support import FIXTURES
 
-LISTS = [listed for listed in public_lists() if listed.dialect]
-REFUSED = [listed for listed in public_lists() if not listed.dialect]
+LISTS = public_lists()
 WRITTEN = {d.name for d in dialects() if not d.read_only}
 
 
@@ -75,26 +74,6 @@ def test_a_real_file_is_converted_with_a_proof_and_back(listed: PublicList, tmp_
         back = loraconv.convert(tmp_path / "there", out=tmp_path / "back", to=listed.dialect, family=listed.family)
         assert [proof.passed for proof in back.proofs] == [True]
         assert listed.drop or loraconv.verify(listed.within(tmp_path / "in"), tmp_path / "back").same
-
-
-@pytest.mark.parametrize("listed", REFUSED, ids=by_name)
-def test_a_real_file_that_no_dialect_reads_is_refused_and_not_read_in_part(listed: PublicList, tmp_path: Path) -> None:
-    write_headers(listed, tmp_path / "in")
-    with pytest.raises(FormatError) as caught:
-        loraconv.convert(listed.within(tmp_path / "in"), out=tmp_path / "out", to="diffusers")
-    assert caught.value.slug in ("format-unknown", "module-unknown", "another-kind")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_control_lora_of_flux_is_refused_with_what_reads_it(tmp_path: Path) -> None:
-    listed = next(one for one in REFUSED if one.name == "bfl-control/flux-depth")
-    write_headers(listed, tmp_path / "in")
-    for command in (loraconv.inspect, lambda path: loraconv.convert(path, out=tmp_path / "out", to="diffusers")):
-        with pytest.raises(FormatError, match="FLUX control") as caught:
-            command(listed.within(tmp_path / "in"))
-        assert caught.value.slug == "another-kind"
-        assert "whole norm layers" in caught.value.why
-        assert "FluxControlPipeline.load_lora_weights" in caught.value.hint
 
 
 def named(name: str) -> PublicList:

@@ -396,10 +396,12 @@ UNHELD = {
     "bias-of-the-base": ({"bias": "all"}, "bias"),
     "saved-modules": ({"modules_to_save": ["proj_out"]}, "proj_out"),
 }
+#: Formats that hold it after all.
+HELD = {"dora": ("peft",), "bias-of-the-adapter": ("peft", "diffusers")}
 
 
 @pytest.mark.filterwarnings("ignore:Adapter 'default'")  # peft, about its own bias tensors
-@pytest.mark.parametrize(("kind", "to"), [(k, to) for k in UNHELD for to in FORMATS if (k, to) != ("dora", "peft")])
+@pytest.mark.parametrize(("kind", "to"), [(k, to) for k in UNHELD for to in FORMATS if to not in HELD.get(k, ())])
 def test_what_is_no_plain_lora_is_refused_and_never_dropped(kind: str, to: str, tmp_path: Path) -> None:
     config, named = UNHELD[kind]
     source, _ = peft_folder(tmp_path / "source", **config)
@@ -417,6 +419,25 @@ def test_a_dora_of_peft_stays_what_it_is_for_peft(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert json.loads((out / "adapter_config.json").read_text())["use_dora"] is True
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # peft, about its own bias tensors
+@pytest.mark.parametrize("scale_in", ["fold", "metadata"])
+def test_the_bias_of_an_adapter_adds_the_same_in_diffusers_as_in_peft(scale_in: str, tmp_path: Path) -> None:
+    source, want = peft_folder(tmp_path / "source", lora_bias=True)
+    there = convert(source, tmp_path / "there", "diffusers", scale_in=scale_in)
+    close(loaded_by_diffusers(there), want, 1e-14)
+    theirs, ours = PeftModel.from_pretrained(tiny_model(), source).base_model.model, tiny_model()
+    with no_warnings():
+        add_lora(ours, there)
+    for name, layer in ours.named_modules():
+        if isinstance(layer, LoraLayer):
+            (one,), (other,) = layer.lora_B, theirs.get_submodule(name).lora_B
+            bias = theirs.get_submodule(name).scaling[other] * theirs.get_submodule(name).lora_B[other].bias
+            assert bias.abs().max() > 0
+            assert torch.equal(layer.scaling[one] * layer.lora_B[one].bias, bias), name
+    back = convert(there, tmp_path / "back", "peft")
+    same_bits(load_file(back / PEFT_FILE), load_file(source / PEFT_FILE))
 
 
 @pytest.mark.parametrize("to", ["peft", "sat", "diffusers"])

@@ -3,6 +3,7 @@
 Facts: black-forest-labs/flux ``src/flux/modules/layers.py`` and ``model.py``, huggingface/diffusers
 ``models/transformers/transformer_flux.py``. ``linear1`` is q, k, v and, four times as wide, the first layer of the
 feed-forward. The last modulation is shift and scale, in diffusers scale and shift.
+Control adapters hold whole norms.
 """
 
 from loraconv.rules import Blocks, Family, Fused, Norm, Regrouped, Rename, Spelling
@@ -116,5 +117,6 @@ FLUX = Family(
     component="transformer",
     modules=ORIGINAL.heres,
     norms=ORIGINAL.norm_heres,
-    spellings={"original": ORIGINAL, "xlabs": XLABS},
+    replaces_norms=True,
+    spellings={"original": ORIGINAL, "xlabs": XLABS, "bfl-control": ORIGINAL},
 )

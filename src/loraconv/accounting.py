@@ -56,8 +56,9 @@ def refuse_half_pairs(detected: Detected, dropped: Sequence[str]) -> None:
 
 
 def _pair(dialect: Dialect, name: str) -> tuple[str, int] | None:
+    """The pair that is another adapter, or none, without this tensor; without its bias it is the LoRA that it was."""
     key = factor_key(dialect, name)
-    return None if key is None else (key.module, key.part)
+    return None if key is None or key.side == "bias" else (key.module, key.part)
 
 
 def _module(dialect: Dialect, name: str) -> str:

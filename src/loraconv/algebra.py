@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
 
-from loraconv.detect import Detected, factor_key
+from loraconv.detect import Detected, factor_key, norm_key
 from loraconv.errors import CorruptCheckpoint, FormatError
 from loraconv.lazy import Joined, Lazy, TensorRef
 from loraconv.names import FLOAT_DTYPES, fold_names, printable
@@ -32,6 +32,7 @@ KINDS: Mapping[str, tuple[frozenset[str], ...]] = {
     "LoKr with a Tucker core": tuple(frozenset(one | _KRON_2[1] | {"lokr_t2"}) for one in _KRON_1),
     "full": (frozenset({"diff"}),),
     "norm": (frozenset({"w_norm"}), frozenset({"w_norm", "b_norm"})),
+    "whole norm": (frozenset({"norm"}),),
     "bias": (frozenset(),),
 }
 #: Kind -> side -> its dimensions, of which those of one letter are equal; behind them ``*`` is the kernel of a
@@ -54,6 +55,7 @@ _SHAPES: Mapping[str, Mapping[str, str]] = {
     },
     "full": {"diff": "oi*"},
     "norm": {"w_norm": "o", "b_norm": "o"},
+    "whole norm": {"norm": "o"},
     "bias": {},
 }
 
@@ -96,8 +98,14 @@ class Special:
 
     @property
     def has_vectors(self) -> bool:
-        """True if it adds to a bias, or to the weight of a norm."""
-        return bool((_BIASES | {"w_norm"}) & self.tensors.keys())
+        """True if it adds to a bias or to the weight of a norm, or is one."""
+        return bool((_BIASES | {"w_norm", "norm"}) & self.tensors.keys())
+
+    @property
+    def is_plain(self) -> bool:
+        """True for a pair of factors of a linear layer, with a bias of ``up`` or without, and for a whole norm."""
+        sides = self.tensors.keys() - {"alpha", "bias"}
+        return sides == {"norm"} or (sides == {"down", "up"} and not self.is_convolution)
 
     @property
     def is_convolution(self) -> bool:
@@ -137,7 +145,7 @@ def read_specials(source: Source, detected: Detected) -> list[Special]:
     found: dict[str, dict[str, TensorRef]] = {}
     ledger = detected.ledger
     for name in (*ledger.factors, *ledger.more, *ledger.alphas):
-        key = factor_key(detected.dialect, name)
+        key = factor_key(detected.dialect, name) or norm_key(detected.naming, name)
         assert key is not None
         sides, ref = found.setdefault(key.module, {}), source.tensors[name]
         if key.side in sides or (key.side != "alpha" and ref.dtype not in FLOAT_DTYPES):
@@ -148,7 +156,7 @@ def read_specials(source: Source, detected: Detected) -> list[Special]:
 
 def _special(source: Source, detected: Detected, module: str, sides: Mapping[str, TensorRef]) -> Special:
     kind = _kind(module, sides)
-    if kind != "LoRA" or "magnitude" in sides or any(len(sides[side].shape) > 2 for side in ("down", "up")):
+    if kind != "LoRA" or sides.keys() - {"down", "up", "alpha"} or any(len(sides[s].shape) > 2 for s in ("down", "up")):
         _check_shapes(module, kind, sides)  # others are looked at as pairs
     told = tuner_scale(source, detected, module) if kind.startswith(("LoHa", "LoKr")) else None
     return Special(module, _targets(detected, module), kind, sides, told)
@@ -158,11 +166,16 @@ def row_magnitudes(one: Special, detected: Detected) -> dict[str, Lazy]:
     """Module (diffusers name) -> the magnitudes of its rows as a vector; those of columns (one module) as they are."""
     if not one.has_magnitude:
         return {}
-    tensor, found = one.tensors["magnitude"], detected.naming.find(one.module)
+    tensor = one.tensors["magnitude"]
     if one.by_column:
         return dict.fromkeys(one.targets, tensor)
+    return rows_of(replace(tensor, shape=(prod(tensor.shape),)), one, detected)
+
+
+def rows_of(vector: TensorRef, one: Special, detected: Detected) -> dict[str, Lazy]:
+    """Module (diffusers name) -> its rows of a vector with a number for each row of the module in the file."""
+    found = detected.naming.find(one.module)
     assert found is not None
-    vector = replace(tensor, shape=(prod(tensor.shape),))
     pieces = found[0].pieces(vector.shape[0], one.columns)
     chunk = vector.shape[0] // sum(map(len, pieces))
     made: dict[str, Lazy] = {}

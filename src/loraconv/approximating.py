@@ -64,9 +64,10 @@ def _refuse(specials: Sequence[Special]) -> None:
     """Raise for what no LoRA is near to."""
     dora = [one.module for one in specials if one.has_magnitude]
     vectors = [one.module for one in specials if one.has_vectors]
+    beside = all(one.is_plain for one in specials)  # biases of lora_B and whole norms
     for wrong, what, hint in (
         (dora, "DoRA normalises the sum of weight and delta, which no LoRA does", "--to peft or --to kohya"),
-        (vectors, "a bias or a norm has no rank", "--to comfyui or --to kohya"),
+        (vectors, "a bias or a norm has no rank", "--to diffusers" if beside else "--to comfyui or --to kohya"),
     ):
         if wrong:
             raise FormatError(

@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from loraconv.adapter import Adapter, layer_of, read_adapter
+from loraconv.adapter import Adapter, layer_of, read_adapter, refuse_rest
 from loraconv.algebra import Special, read_specials
 from loraconv.base import bare_tensors
 from loraconv.detect import Detected, detect, group_bytes
@@ -15,6 +15,7 @@ from loraconv.errors import FormatError
 from loraconv.lazy import nbytes
 from loraconv.model_config import check_positions, infer_config, release_of
 from loraconv.names import fold_names, printable, quoted, ranges
+from loraconv.products import read_plain
 from loraconv.scale import given_alpha
 from loraconv.source import Source, open_source
 
@@ -85,7 +86,7 @@ def summarise(source: Source, detected: Detected, *, alpha: Fraction | None = No
     config, model, config_problem = _model(source, detected)
     adapter, problem = None, ""
     try:
-        read = read_adapter(source, detected, alpha=alpha, nearest=True)
+        read = _read(source, detected, alpha)
         adapter = read
     except FormatError as error:
         problem = error.what if detected.has_factors or source.incomplete else ""
@@ -106,6 +107,15 @@ def summarise(source: Source, detected: Detected, *, alpha: Fraction | None = No
         notices=tuple(notices),
         next=_next(source, detected, problem),
     )
+
+
+def _read(source: Source, detected: Detected, alpha: Fraction | None) -> Adapter:
+    """The factors; biases and whole norms that stand beside them are among the contents."""
+    specials = read_specials(source, detected) if detected.ledger.more else []
+    if not specials or not all(one.is_plain for one in specials):
+        return read_adapter(source, detected, alpha=alpha, nearest=True)
+    refuse_rest(source, detected)
+    return read_plain(source, detected, [one for one in specials if one.kind == "LoRA"], alpha=alpha, strict=False)
 
 
 def _model(source: Source, detected: Detected) -> tuple[dict[str, Any] | None, str, list[str]]:
@@ -219,6 +229,10 @@ def _next(source: Source, detected: Detected, problem: str) -> str:
         nearest = " --nearest" if len(source.ranks) > 1 else ""
         given = " --alpha A" if problem else ""
         return f"loraconv sat2diffusers {path} -o lora{given}{nearest}"
+    specials = read_specials(source, detected) if detected.ledger.more else []
+    if specials and all(one.is_plain for one in specials):
+        to = "bfl-control" if any(one.kind == "whole norm" for one in specials) else "peft"
+        return f"loraconv convert {path} -o out --to {to if detected.dialect.name == 'diffusers' else 'diffusers'}"
     if detected.ledger.more:
         return f"loraconv convert {path} -o out --to {'kohya' if detected.dialect.name == 'comfyui' else 'comfyui'}"
     if detected.has_factors:

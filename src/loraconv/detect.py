@@ -83,6 +83,13 @@ def factor_key(dialect: Dialect, name: str) -> FactorKey | None:
     return None
 
 
+def norm_key(naming: Naming, name: str) -> FactorKey | None:
+    """The norm layer whose whole weight ``name`` is, where an adapter of the family may hold such."""
+    fields = match(naming.dialect.norm, name) if naming.dialect.norm and naming.family.replaces_norms else None
+    found = naming.find(fields["module"]) if fields else None
+    return FactorKey(fields["module"], 0, "norm") if fields and found and isinstance(found[0], Norm) else None
+
+
 def _rewritten(dialect: Dialect, module: str, part: int) -> tuple[str, int]:
     for there, here, number in (*((there, here, part) for there, here in dialect.rewrites), *dialect.parts):
         fields = match(there, module)
@@ -187,7 +194,7 @@ def _score(keys: Sequence[_Key], naming: Naming) -> tuple[int, int]:
         if not name.startswith(naming.begins):
             continue
         group = _group(name, key, naming)
-        factors += count * (group in ("factors", "alphas", "more"))
+        factors += count * (group in ("factors", "alphas", "more", "norms"))
         base += count * (group == "base")
     return factors, base
 
@@ -211,9 +218,12 @@ def _detect_parts(source: Source) -> Detected:
 
 def _ledger(names: Iterable[str], naming: Naming) -> Ledger:
     ledger, dialect, spelling = Ledger(), naming.dialect, naming.spelling
+    norms = []
     for name in names:
         group = _group(name, factor_key(dialect, name), naming)
-        if group == "foreign":
+        if group == "norms":
+            norms.append(name)
+        elif group == "foreign":
             what = next(f.what for f in dialect.foreign if name.startswith(f.prefix))
             ledger.foreign.setdefault(what, []).append(name)
         elif group == "dropped":
@@ -221,6 +231,8 @@ def _ledger(names: Iterable[str], naming: Naming) -> Ledger:
             ledger.dropped[name] = spelling.drops(name[len(naming.prefix) :])
         else:
             getattr(ledger, group).append(name)
+    # Whole norms are an adapter's where factors stand beside them; every base has them too.
+    (ledger.more if ledger.factors else ledger.base).extend(norms)
     return ledger
 
 
@@ -229,7 +241,8 @@ _GROUPS = {"down": "factors", "up": "factors", "alpha": "alphas"}
 
 
 def _group(name: str, key: FactorKey | None, naming: Naming) -> str:
-    """The field of the :class:`Ledger` in which a tensor belongs."""
+    """The field of the :class:`Ledger` in which a tensor belongs; ``norms`` for a norm layer's whole weight, of which
+    the other tensors tell whether it is the adapter's or the base's."""
     dialect, spelling, prefix = naming.dialect, naming.spelling, naming.prefix
     if any(name.startswith(f.prefix) for f in dialect.foreign):
         return "foreign"
@@ -237,6 +250,8 @@ def _group(name: str, key: FactorKey | None, naming: Naming) -> str:
         found = naming.find(key.module)
         known = found is not None and isinstance(found[0], Norm) == (key.side in NORM_SIDES)
         return _GROUPS.get(key.side, "more") if known else "unknown"
+    if norm_key(naming, name) is not None:
+        return "norms"
     if not name.startswith(prefix):
         return "unknown"
     bare = name[len(prefix) :]

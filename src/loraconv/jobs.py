@@ -13,6 +13,7 @@ from loraconv.adapter import Adapter, read_adapter, refuse_rest
 from loraconv.algebra import Special, in_words, specials_in
 from loraconv.approximating import approximate
 from loraconv.base import bare_tensors, read_base
+from loraconv.beside import can_be_beside, plan_beside
 from loraconv.detect import Detected
 from loraconv.errors import FormatError, UsageError
 from loraconv.fold import refuse_ruin
@@ -175,6 +176,10 @@ def _special_job(
         plan = plan_adapter(adapter, target, detected.family, alike=detected.alike, scale_in=options.scale_in)
         folded = not target.every_consumer_reads_alpha and folds(adapter.factors, target, options.scale_in)
         return Job(plan, "", {"alpha": alpha, "every_consumer": folded}), notices
+    if alpha is None and can_be_beside(specials, target):
+        beside = plan_beside(source, detected, specials, target, strict=options.strict, scale_in=options.scale_in)
+        every = not target.every_consumer_reads_alpha and folds(beside.factors, target, options.scale_in)
+        return Job(beside, "", {"alpha": None, "every_consumer": every}), notices
     if not all(one.is_dora for one in specials) or "magnitude" not in target.more.values() or target.header:
         raise _cannot_carry(source, specials, target)
     dora = plan_dora(source, detected, specials, target, alpha=alpha, strict=options.strict, scale_in=options.scale_in)
@@ -202,6 +207,10 @@ def _cannot_carry(source: Source, specials: Sequence[Special], target: Dialect) 
     way = f"--to {target.name} --approximate svd --max-error 1e-3" if near else "--to comfyui"
     dora = "the magnitudes of DoRA normalise the sum of weight and delta; its consumers would leave them out"
     pairs = "its files hold pairs of factors for linear layers, or divide the rows of these modules otherwise"
+    beside = [one for one in only if one.is_plain]
+    if beside and not can_be_beside(beside, target):
+        pairs = f"{target.name} has no names for biases of lora_B, nor for norm layers as a whole"
+        way = f"--to diffusers; without them: {_without(beside)}"
     if all(one.kind == "norm" for one in only):
         pairs = f"{target.name} has no names for what is added to the weight and bias of a norm layer"
         way += "; without them: --drop '*_norm'" if len(only) < len(specials) else ""
@@ -212,6 +221,13 @@ def _cannot_carry(source: Source, specials: Sequence[Special], target: Dialect) 
         hint=f"loraconv convert {quoted(source.path)} -o OUT {way}",
         slug="cannot-carry",
     )
+
+
+def _without(specials: Sequence[Special]) -> str:
+    """The options that leave biases and whole norms behind, as far as these have any."""
+    names = [t.name for one in specials for side, t in one.tensors.items() if side in ("bias", "norm")]
+    ends = dict.fromkeys(".".join(name.split(".")[-2:]) for name in names)
+    return " ".join(f"--drop '*.{end}'" for end in ends)
 
 
 def _zero_notices(adapter: Adapter) -> list[str]:

@@ -1,7 +1,6 @@
 """Adapters of other kinds than LoRA and its kin, by the names of their tensors: refused with the reason.
 
-Facts: huggingface/peft ``tuners/*/layer.py``, KohakuBlueleaf/LyCORIS ``lycoris/modules``, huggingface/diffusers
-``loaders/lora_conversion_utils.py``.
+Facts: huggingface/peft ``tuners/*/layer.py``, KohakuBlueleaf/LyCORIS ``lycoris/modules``.
 """
 
 from __future__ import annotations
@@ -26,18 +25,9 @@ _KINDS = {
     "HRA": (r".+\.hra_[uU]", "it turns the weight: the whole of it is multiplied by reflections"),
     "AdaLoRA": (r".+\.lora_E", "its factors are multiplied by a third tensor and by the rank that training left"),
     "LN tuning": (r".+\.ln_tuning_layers.*", "it holds whole norm layers"),
-    "FLUX control": (
-        r"(double|single)_blocks\.\d+\..+\.lora_B\.bias",
-        "it holds biases of several layers in one, whole norm layers, and an img_in wider than the base's",
-    ),
 }
-_MERGED = "merge it into its base with what trained it, then: loraconv extract TUNED --base BASE -o OUT"
-_HINTS = {"FLUX control": "diffusers reads it as it is: FluxControlPipeline.load_lora_weights(FILE)"}
 _PATTERNS = {name: re.compile(f"{ends}{_END}") for name, (ends, _) in _KINDS.items()}
-_ADAPTED = (
-    *("base_model.", "lora_unet_", "lora_te", "lycoris_", "diffusion_model.", "transformer.", "lora_transformer_"),
-    *("double_blocks.", "single_blocks."),
-)
+_ADAPTED = ("base_model.", "lora_unet_", "lora_te", "lycoris_", "diffusion_model.", "transformer.", "lora_transformer_")
 
 
 def refuse_other_kinds(path: Path, names: Iterable[str]) -> None:
@@ -50,7 +40,7 @@ def refuse_other_kinds(path: Path, names: Iterable[str]) -> None:
                 f"this is an adapter of another kind, {kind}, and no LoRA: {printable(str(path))}",
                 where="; ".join(fold_names(found)[:4]),
                 why=_KINDS[kind][1],
-                hint=_HINTS.get(kind, _MERGED),
+                hint="merge it into its base with what trained it, then: loraconv extract TUNED --base BASE -o OUT",
                 slug="another-kind",
             )
 

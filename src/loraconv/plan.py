@@ -7,10 +7,10 @@ can be folded without rounding.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from loraconv import __version__
 from loraconv.adapter import Adapter, Factor
@@ -19,11 +19,12 @@ from loraconv.errors import FormatError
 from loraconv.fold import cast, fits, folded, refuse_ruin
 from loraconv.lazy import Averaged, InMemory, Joined, Lazy, Number, Padded, Rows, Scaled, TensorRef, nbytes, read
 from loraconv.naming import in_component
-from loraconv.rules import Dialect, Family, fill
+from loraconv.rules import Dialect, Family, fill, match
 from loraconv.scale import ORIGIN_KEY, Origin, Place, Scale
-from loraconv.written import Written, family_for, write_pairs
+from loraconv.written import Written, family_for, refuse_parts_of_a_model, write_pairs
 
 ScaleIn = Literal["auto", "fold", "metadata"]
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,10 @@ def plan_adapter(
     alike: Sequence[Family] = (),
     dtype: str | None = None,
     scale_in: ScaleIn = "auto",
+    norms: Collection[str] = (),
 ) -> Plan:
     """Plan an adapter for ``target``. ``dtype`` (safetensors name) casts every factor; None keeps each as it is.
-    ``alike`` are families that the adapter may belong to as well.
+    ``alike`` are families that the adapter may belong to as well, ``norms`` the whole norms that will be beside it.
 
     Raises :class:`FormatError` where the target cannot carry what the adapter says.
     """
@@ -99,6 +101,9 @@ def plan_adapter(
     if target.container == "run-folder":
         return _plan_run(factors, target, family, tuple(notices))
     plan = _plan_file(factors, target, family, tuple(notices))
+    if target.needs:
+        made = (match(target.down, output.name) for output in plan.files[0].outputs)
+        refuse_parts_of_a_model(target, {*(fields["module"] for fields in made if fields), *norms})
     return plan if alike else _with_family(plan, family)
 
 
@@ -339,20 +344,31 @@ def _settings_text(settings: Mapping[str, Any], name: str) -> str:
 def _lora_config(factors: tuple[Factor, ...]) -> dict[str, Any]:
     """The part of peft's ``LoraConfig`` that decides the mathematics: rank, alpha and their exceptions by module.
 
-    Target modules are full names, so that an adapter of some layers never touches the others.
+    Target modules are full names, so that an adapter of some layers never touches the others. Patterns are, too, and
+    those that another module's name ends with begin with ``^``, which peft takes for the beginning since 0.15
+    (huggingface/peft#2419).
     """
     ranks = {f.module: f.rank for f in factors}
     alphas = {f.module: plain(f.scale.alpha) for f in factors}
     rank = max(ranks.values(), key=list(ranks.values()).count)
     alpha = max(alphas.values(), key=list(alphas.values()).count)
     return {
-        "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
+        "alpha_pattern": _patterns(alphas, alpha),
         "lora_alpha": alpha,
         "r": rank,
-        "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
+        "rank_pattern": _patterns(ranks, rank),
         "target_modules": sorted(ranks),
         "use_rslora": factors[0].scale.rslora,
     }
+
+
+def _patterns(values: Mapping[str, _Value], most: _Value) -> dict[str, _Value]:
+    """The values that are not ``most``, by the expression that peft finds the module by."""
+    rare = {module: value for module, value in values.items() if value != most}
+    ends = (
+        {".".join(steps[n:]) for steps in (m.split(".") for m in values) for n in range(1, len(steps))} if rare else ()
+    )
+    return {f"^{module}" if module in ends else module: value for module, value in rare.items()}
 
 
 def plain(value: Fraction) -> int | float:

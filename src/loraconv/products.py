@@ -75,6 +75,15 @@ def read_products(
             hint="loraconv convert ADAPTER -o OUT --to comfyui",
             slug="not-plain-lora",
         )
+    whole = [one for one in specials if one.kind == "whole norm"]
+    if whole:
+        raise FormatError(
+            f"this cannot be fused: {in_words(whole)}",
+            where="; ".join(fold_names(one.module for one in whole)[:4]),
+            why="they take the place of the base's, and have no strength; a control adapter widens x_embedder, too",
+            hint="FluxControlPipeline.load_lora_weights(FILE), then fuse_lora(), of diffusers",
+            slug="not-plain-lora",
+        )
     pairs = [one for one in specials if one.kind == "LoRA"]
     plain = {f.module: f for f in read_plain(source, detected, pairs, alpha=alpha, strict=strict).factors}
     factors = [factor for one in specials for factor in _factors(one, detected, plain, alpha)]

@@ -23,6 +23,7 @@ _TABLES = {
     "loraconv.converters.diffusers":            "DIFFUSERS",
     "loraconv.converters.peft":                 "PEFT",
     "loraconv.converters.ai_toolkit":          "AI_TOOLKIT",
+    "loraconv.converters.bfl_control":         "BFL_CONTROL",
     "loraconv.converters.comfyui":             "COMFYUI",
     "loraconv.converters.diffsynth":           "DIFFSYNTH",
     "loraconv.converters.diffusers_old":       "DIFFUSERS_OLD",

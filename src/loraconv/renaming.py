@@ -14,14 +14,14 @@ from fractions import Fraction
 from loraconv.algebra import Special, row_magnitudes
 from loraconv.detect import FAMILY_KEY, Detected
 from loraconv.errors import FormatError
-from loraconv.lazy import Joined, Lazy, Number, Rows, Viewed, read
+from loraconv.lazy import Lazy, Number, Viewed, read
 from loraconv.names import fold_names
 from loraconv.naming import Naming
 from loraconv.plan import Output, Plan, PlannedFile, ScaleIn, plan_adapter, proof_claim
 from loraconv.products import read_plain
-from loraconv.rules import Dialect, Rule, fill
+from loraconv.rules import Dialect, fill
 from loraconv.source import Source
-from loraconv.written import family_for, naming_for
+from loraconv.written import family_for, naming_for, write_vectors
 
 
 def plan_renamed(source: Source, detected: Detected, specials: Sequence[Special], target: Dialect) -> Plan | None:
@@ -144,38 +144,12 @@ def _is_part(module: str, naming: Naming) -> bool:
 def _written(
     magnitudes: Mapping[str, Lazy], columns: Mapping[str, int], naming: Naming, target: Dialect
 ) -> list[Output]:
-    grouped: dict[str, tuple[Rule, dict[int, str]]] = {}
-    for module in magnitudes:
-        found = naming.write(module)
-        assert found is not None  # its factors are written under that name
-        grouped.setdefault(found[0], (found[1], {}))[1][found[2]] = module
     made = []
-    for name, (rule, parts) in grouped.items():
-        vector = _fused(name, rule, {n: magnitudes[m] for n, m in parts.items()}, columns[next(iter(parts.values()))])
+    for name, vector in write_vectors(magnitudes, columns, naming).items():
         shape = vector.shape if target.dora_at or len(vector.shape) > 1 else (*vector.shape, 1)
         tensor = vector if shape == vector.shape else Viewed(vector, shape)
         made.append(Output(_spelled(target, name, "magnitude"), tensor, "copied"))
     return made
-
-
-def _fused(name: str, rule: Rule, parts: Mapping[int, Lazy], columns: int) -> Lazy:
-    """The magnitudes of a module whose rows are several modules."""
-    first = next(iter(parts.values()))
-    pieces = rule.pieces(first.shape[0], columns)
-    if pieces == ((0,),):
-        return first
-    if set(parts) != {n for n, own in enumerate(pieces) if own}:
-        raise FormatError(
-            f"{name} cannot carry this DoRA: a part of the module has magnitudes and another has none",
-            why="a row without one would be normalised too",
-            hint="convert to peft instead: --to peft",
-            slug="cannot-carry",
-        )
-    rows: dict[int, Lazy] = {}
-    for number, vector in parts.items():
-        chunk = vector.shape[0] // len(pieces[number])
-        rows |= {own: Rows(vector, nth * chunk, (nth + 1) * chunk) for nth, own in enumerate(pieces[number])}
-    return Joined(tuple(rows[n] for n in sorted(rows)), 0)
 
 
 def _with_dora(text: str, target: Dialect) -> str:

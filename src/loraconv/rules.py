@@ -462,7 +462,8 @@ class Family:
     module names begin with theirs. ``modules`` are templates of the modules (diffusers names) that an adapter can be
     put on, ``convolutions`` the ends of the names of those that are a convolution in some release, ``norms`` templates
     of its norm layers that have a weight (of image and video models), ``spellings`` their other names: ``sat``, or
-    ``original`` for those of the model's own repository. ``settings`` and ``releases`` (from the most to the least
+    ``original`` for those of the model's own repository. ``replaces_norms`` is true where an adapter may hold whole
+    weights of ``norms``, which take the place of the base's. ``settings`` and ``releases`` (from the most to the least
     specific) are there where a whole model can be converted.
     """
 
@@ -473,6 +474,7 @@ class Family:
     modules: tuple[str, ...] = ()
     convolutions: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    replaces_norms: bool = False
     spellings: Mapping[str, Spelling] = field(default_factory=dict)
     settings: tuple[Setting, ...] = ()
     releases: tuple[Release, ...] = ()
@@ -563,13 +565,16 @@ class Dialect:
     empty means all, under their own names. ``spellings`` name the family's spellings that may follow, empty for
     diffusers' own names. Of prefixes and spellings the first that the family has is written.
     ``more`` are the ends of the names of tensors that make a module more than a pair of factors, and what they are.
+    ``norm`` spells the whole weight of a norm layer, in families whose adapters replace them. ``needs`` are templates
+    of the modules and norms (their names in the file) without which its readers do not know it for what it is.
     ``separator`` replaces the dots in module names. ``rewrites`` turn module names into the usual ones when read;
     ``parts`` turn the names of parts into those of their modules and the number of the part.
     ``frozen`` spells the untouched weight of an adapted module.
 
     Scale. ``sidecar`` is the settings file beside the weights (YAML or JSON, by its suffix); ``alpha_at``, ``rank_at``
     and, where modules may differ, ``alpha_pattern_at``, ``rank_pattern_at`` and ``rslora_at`` are paths into it.
-    ``dora_at`` is where the settings say that there are magnitudes, which are vectors then, and elsewhere columns.
+    ``dora_at`` is where the settings say that there are magnitudes, which are vectors then, and elsewhere columns;
+    ``bias_at`` where they, or the header, say that the ups have biases.
     ``header`` is the key of a safetensors header that holds peft's configuration as JSON, ``header_alpha`` one that
     holds alpha as text. ``alpha_of_block`` marks files whose pairs may be several side by side, with the alpha of one
     of them. ``targets_at`` is where the names of the adapted modules stand, ``settings`` what the format's own settings
@@ -594,6 +599,8 @@ class Dialect:
     also: tuple[tuple[str, str], ...] = ()
     alpha: str = ""
     more: Mapping[str, str] = field(default_factory=dict)
+    norm: str = ""
+    needs: tuple[str, ...] = ()
     components: Mapping[str, str] = field(default_factory=dict)
     spellings: tuple[str, ...] = ("",)
     separator: str = "."
@@ -610,6 +617,7 @@ class Dialect:
     rslora_at: str = ""
     targets_at: str = ""
     dora_at: str = ""
+    bias_at: str = ""
     settings: Mapping[str, object] = field(default_factory=dict)
     header: str = ""
     header_alpha: str = ""

@@ -7,7 +7,7 @@ kohya-ss/sd-scripts#2204 is about).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from loraconv.adapter import Factor
@@ -15,7 +15,7 @@ from loraconv.errors import FormatError
 from loraconv.lazy import Joined, Lazy, Padded, Rows, Zeros, same_bytes
 from loraconv.names import fold_names, printable
 from loraconv.naming import Naming, namings
-from loraconv.rules import Dialect, Family, Rule
+from loraconv.rules import Dialect, Family, Rule, match
 from loraconv.scale import Scale
 
 
@@ -45,6 +45,42 @@ def write_pairs(factors: Sequence[Factor], target: Dialect, family: Family) -> l
     return made
 
 
+def write_vectors(vectors: Mapping[str, Lazy], columns: Mapping[str, int], naming: Naming) -> dict[str, Lazy]:
+    """Vectors with a number for each row of a module, by its name in the file, from those by diffusers name.
+
+    ``columns`` are those of the weights. Raises :class:`FormatError` where one part of a module has none.
+    """
+    grouped: dict[str, tuple[Rule, dict[int, str]]] = {}
+    for module in vectors:
+        found = naming.write(module)
+        assert found is not None  # its factors are written under that name
+        grouped.setdefault(found[0], (found[1], {}))[1][found[2]] = module
+    return {
+        name: _one_vector(name, rule, {n: vectors[m] for n, m in parts.items()}, columns[next(iter(parts.values()))])
+        for name, (rule, parts) in grouped.items()
+    }
+
+
+def _one_vector(name: str, rule: Rule, parts: Mapping[int, Lazy], columns: int) -> Lazy:
+    """The vector of a module whose rows are several modules."""
+    first = next(iter(parts.values()))
+    pieces = rule.pieces(first.shape[0], columns)
+    if pieces == ((0,),):
+        return first
+    if set(parts) != {n for n, own in enumerate(pieces) if own}:
+        raise FormatError(
+            f"{printable(name)} is several modules, of which one has magnitudes or a bias and another has none",
+            why="its rows have a number each, or none of them has",
+            hint="convert to peft instead: --to peft",
+            slug="cannot-carry",
+        )
+    rows: dict[int, Lazy] = {}
+    for number, vector in parts.items():
+        chunk = vector.shape[0] // len(pieces[number])
+        rows |= {own: Rows(vector, nth * chunk, (nth + 1) * chunk) for nth, own in enumerate(pieces[number])}
+    return Joined(tuple(rows[n] for n in sorted(rows)), 0)
+
+
 def naming_for(target: Dialect, family: Family) -> Naming:
     """How the target's file names the modules. Raises :class:`FormatError` where it is not written, or has no names."""
     if target.read_only:
@@ -58,6 +94,19 @@ def naming_for(target: Dialect, family: Family) -> Naming:
             slug="cannot-carry",
         )
     return ways[0]
+
+
+def refuse_parts_of_a_model(target: Dialect, modules: Collection[str]) -> None:
+    """Raise :class:`FormatError` where ``modules`` (names in the file, norms too) lack some that its readers need."""
+    missing = [need for need in target.needs if not any(match(need, module) is not None for module in modules)]
+    if missing:
+        raise FormatError(
+            f"{target.name} holds whole control adapters, and this adapter lacks {len(missing)} kinds of its modules",
+            where="; ".join(missing[:4]),
+            why="its readers know it by its norm layers, and want every module of the model",
+            hint="--to diffusers",
+            slug="cannot-carry",
+        )
 
 
 def family_for(modules: Sequence[str], target: Dialect, families: Sequence[Family]) -> Family:

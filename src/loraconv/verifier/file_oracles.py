@@ -14,7 +14,7 @@ from typing import Any
 from loraconv.errors import ProofFailed
 from loraconv.lazy import Joined, Lazy, TensorRef, number, read
 from loraconv.names import printable
-from loraconv.verifier.algebra import cut_rows, is_special, side_of, special_pairs
+from loraconv.verifier.algebra import column, cut_rows, is_special, side_of, special_pairs
 from loraconv.verifier.numbers import Pair
 from loraconv.verifier.original_names import Share, here, of_original
 from loraconv.verifier.pipeline_names import of_pipeline
@@ -129,6 +129,37 @@ def xlabs_pairs(
     """XLabs: scale 1; ``processor.qkv_lora1`` is the LoRA of the image's q, k and v, ``2`` that of the text's."""
     named = {re.sub(r"\.(down|up)\.weight$", r".lora_\1.weight", name): ref for name, ref in ranks[0].items()}
     return _pairs(named, ("diffusion_model.", ""), alpha, None, original=True)
+
+
+_BFL = re.compile(r"(.+)\.(?:lora_(?:(A)|(B))\.weight|lora_B\.(bias)|(scale))")
+
+
+def bfl_control_pairs(
+    ranks: list[Tensors], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, alpha: Fraction | None
+) -> dict[str, Pair]:
+    """Black Forest Labs' control LoRA: ``x + lora_B(lora_A(x))``, scale 1, lora_B with its bias, which has a number for
+    each row of lora_B; and norms whose ``scale`` replaces the base's, here by the name of that parameter."""
+    sides: dict[str, dict[str, TensorRef]] = {}
+    for name, ref in ranks[0].items():
+        found = _BFL.fullmatch(name)
+        if found is None:
+            raise _not_covered(name)
+        side = "down" if found[2] else "up" if found[3] else "bias" if found[4] else "norm"
+        sides.setdefault(found[1], {})[side] = ref
+    pairs: dict[str, Pair] = {}
+    for (module, own), parts in zip(sides.items(), here(list(sides), original=True), strict=True):
+        if own.keys() == {"norm"} and _is_whole(parts):
+            pairs[f"{parts[0].module}.weight"] = column(own["norm"], Fraction(1))
+            continue
+        if not {"down", "up"} <= own.keys() <= {"down", "up", "bias"}:
+            raise _not_covered(module)
+        told = Fraction(own["down"].shape[0]) if alpha is None else alpha
+        made = dict(_split(own["down"], own["up"], told, parts, alpha_of_block=False))
+        pairs |= made
+        if "bias" in own:
+            scale = next(iter(made.values())).scale
+            pairs |= dict(_rows(".bias", column(own["bias"], scale), parts))
+    return pairs
 
 
 def of_original_names(pairs: Mapping[str, Pair]) -> dict[str, Pair]:

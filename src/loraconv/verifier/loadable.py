@@ -13,12 +13,13 @@ from typing import Any
 from loraconv.errors import ProofFailed
 from loraconv.lazy import TensorRef
 from loraconv.names import printable
-from loraconv.verifier.oracles import by_component, by_pattern, header_config, sat_setting
+from loraconv.verifier.oracles import by_component, by_pattern, header_config, sat_setting, whole_norms
 
 Tensors = Mapping[str, TensorRef]
 #: What ``load_lora_weights``, ``PeftModel.from_pretrained`` and SAT's ``load_checkpoint`` open. SAT's is in a folder
 #: that ``latest`` names.
 _ADAPTER_FILES = {
+    "bfl-control": "flux_control_lora.safetensors",
     "comfyui": "comfyui_lora.safetensors",
     "diffsynth": "diffsynth_lora.safetensors",
     "kohya": "kohya_lora.safetensors",
@@ -90,6 +91,8 @@ def check_written(
     A consumer makes the modules that the configuration names, of the rank that it names, before it fills them; and
     diffusers passes over every key without the component's prefix. ``dora``: there are magnitudes besides ``tensors``.
     """
+    if kind == "bfl-control":
+        _check_control(tensors)
     if kind not in ("diffusers", "peft", "sat"):
         return
     if kind == "sat":
@@ -101,7 +104,10 @@ def check_written(
     if kind == "peft":
         _check_modules("base_model.model.", tensors, _peft_config(settings), dora)
         return
-    components = by_component(tensors)
+    factors, _ = whole_norms(tensors)
+    if any(not name.startswith("transformer.") for name in tensors.keys() - factors.keys()):
+        raise unloadable("whole norms without the prefix transformer.")
+    components = by_component(factors)
     _check_header(metadata, components)
     for component, own in components.items():
         # by_component leaves the transformer's prefix where it is
@@ -109,14 +115,26 @@ def check_written(
         _check_modules(prefix, own, header_config(metadata, component), dora)
 
 
+#: diffusers looks for the first to know the format, ComfyUI for the others.
+_CONTROL = ("query_norm.scale", "single_blocks.0.norm.key_norm.scale", "img_in.lora_A.weight")
+
+
+def _check_control(tensors: Tensors) -> None:
+    missing = [end for end in _CONTROL if not any(name.endswith(end) for name in tensors)]
+    if missing:
+        raise unloadable(f"they know a control LoRA by {missing[0]}, which is not there")
+
+
 def _check_modules(prefix: str, tensors: Tensors, config: Mapping[str, Any], dora: bool) -> None:
     """The modules of the file are those that the configuration makes, each of the rank that it says."""
     names = {name.removeprefix(prefix).rpartition(".lora_")[0] for name in tensors if name.startswith(prefix)}
-    if len(names) * 2 != len(tensors):
-        raise unloadable(f"keys without the prefix {prefix}")
-    if (config.get("use_dora") is True) != dora:
-        raise unloadable(f"use_dora is {config.get('use_dora')!r}, magnitudes are {'there' if dora else 'not there'}")
-    _check_plain({key: value for key, value in config.items() if key != "use_dora"})
+    biases = any(name.endswith(".lora_B.bias") for name in tensors)
+    if len(names) * (2 + biases) != len(tensors):
+        raise unloadable(f"keys without the prefix {prefix}, or biases of some modules alone")
+    for key, there, what in (("use_dora", dora, "magnitudes"), ("lora_bias", biases, "biases of lora_B")):
+        if (config.get(key) is True) != there:
+            raise unloadable(f"{key} is {config.get(key)!r}, {what} are {'there' if there else 'not there'}")
+    _check_plain({key: value for key, value in config.items() if key not in ("use_dora", "lora_bias")})
     # peft asks for the end of a name, and transformers 5 has text encoders without this step.
     wanted = {name.removeprefix("text_model.") for name in names}
     if not isinstance(config["target_modules"], list) or wanted != set(config["target_modules"]):

@@ -159,15 +159,28 @@ def diffusers_pairs(
 ) -> dict[str, Pair]:
     """diffusers: peft's rule on the header's ``lora_adapter_metadata`` (or finetrainers' ``lora_config``); else 1.
 
-    A pipeline's components have a configuration each, and names that begin with theirs.
+    A pipeline's components have a configuration each, and names that begin with theirs. Norms of queries and keys that
+    are there as a whole take the place of the base's.
     """
-    pairs: dict[str, Pair] = {}
-    for component, tensors in by_component(ranks[0]).items():
+    factors, pairs = whole_norms(ranks[0])
+    for component, tensors in by_component(factors).items():
         config = header_config(metadata, component)
         found = _peft_like(tensors, ("transformer.", ""), config, alpha)
         begin = "" if component == "transformer" else f"{component}."
         pairs |= {begin + module: pair for module, pair in found.items()}
     return pairs
+
+
+#: What diffusers' FLUX pipelines load into the model itself (``_control_lora_supported_norm_keys``).
+_WHOLE_NORM = re.compile(r"(?:transformer\.)?(.+\.norm_(?:added_)?[qk]\.weight)")
+
+
+def whole_norms(tensors: Tensors) -> tuple[dict[str, TensorRef], dict[str, Pair]]:
+    """``(everything else, whole weights of norms)``, these by the name of the parameter that they replace: a name that
+    no difference has, for a difference goes by the module's."""
+    found = {name: _WHOLE_NORM.fullmatch(name) for name in tensors}
+    norms = {match[1]: column(tensors[name], Fraction(1)) for name, match in found.items() if match is not None}
+    return {name: ref for name, ref in tensors.items() if found[name] is None}, norms
 
 
 def by_component(tensors: Tensors) -> dict[str, dict[str, TensorRef]]:
@@ -277,6 +290,7 @@ Oracle = Callable[
 #: Format name -> what a checkpoint of it holds: (tensors of each rank, header, settings file, alpha of the user).
 ORACLES: dict[str, Oracle] = {
     "ai-toolkit": diffusers_pairs,
+    "bfl-control": file_oracles.bfl_control_pairs,
     "comfyui": file_oracles.comfyui_pairs,
     "diffsynth": file_oracles.diffsynth_pairs,
     "diffusers": diffusers_pairs,
