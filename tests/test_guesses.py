@@ -1,4 +1,4 @@
-"""Which sums are guessed for a wrong fuse, and when a guess fits: each rule alone, its bounds from their definitions."""
+"""Which sums are guessed for a wrong fuse, and when a guess fits: each rule alone, its bounds from definitions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from loraconv.verifier.fused import guesses
 from loraconv.verifier.fused.case import Part
 from loraconv.verifier.fused.guesses import Cause, Product, Sample, Sum, Way
-from tests.test_fused_causes import MODULES, RANK, RIGHT, SIZE, WEIGHTS, Q, World, only, rounded, world
+from tests.test_fused_causes import MODULES, RANK, RIGHT, SIZE, WEIGHTS, Q, World, of_all, only, rounded, world
 
 __all__ = ["world"]
 
@@ -134,8 +134,10 @@ def test_a_guess_may_miss_a_few_numbers_of_all_and_of_those_that_moved(
     assert fits(stored, exact, base, more=more) is right
 
 
-@pytest.mark.parametrize(("factor", "sizes", "right"), [(1, 32, True), (-1, 32, True), (1 / 4, 128, True), (1, 0, False),
-    (1 / 32, 32, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("factor", "sizes", "right"),
+    [(1, 32, True), (-1, 32, True), (1 / 4, 128, True), (1, 0, False), (1 / 32, 32, False)],
+)
 def test_products_in_float32_excuse_what_their_sizes_make(factor: float, sizes: float, right: bool) -> None:
     """1 + 2**-11 is in the middle of two numbers of float16. 2**-20 beyond it, 16 of float32's roundings are needed."""
     exact = np.full((2, 2), 1 + 2.0**-11 + 2.0**-20)
@@ -256,7 +258,7 @@ def test_there_is_no_constant_of_what_does_not_move_or_is_no_number() -> None:
 
 
 def test_the_cause_of_one_tensor_is_tried_first_in_the_next(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All guesses are made for the first, one for each of the others: a constant that no name tells, then a named one."""
+    """All are made for the first, one for each of the others: a constant that has no name, then one that has."""
     made: World = world()
     tried = list[str]()
     fitting = Sample.fits
@@ -274,9 +276,6 @@ def test_the_cause_of_one_tensor_is_tried_first_in_the_next(world: Any, monkeypa
     later = [text for text in tried if not text.startswith(WEIGHTS[0])]
     assert later == [f"{name} " for name in WEIGHTS[1:]]
     tried.clear()
-    fused = made.base | {
-        f"{m}.weight": rounded(made.base[f"{m}.weight"] + RANK * RIGHT * made.product(m), "F16") for m in MODULES
-    }
-    only(made.report(fused))
+    only(made.report(multiplied(RANK * RIGHT)))
     later = [text for text in tried if not text.startswith(WEIGHTS[0])]
     assert later == [f"{name} multiplied by the rank" for name in WEIGHTS[1:]]
