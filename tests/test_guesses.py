@@ -268,10 +268,11 @@ def test_the_cause_of_one_tensor_is_tried_first_in_the_next(world: Any, monkeypa
         return fitting(self, guess, *rest)
 
     monkeypatch.setattr(Sample, "fits", fits)
-    fused = made.base | {
-        f"{m}.weight": rounded(made.base[f"{m}.weight"] + 1.7 * made.product(m), "F16") for m in MODULES
-    }
-    found = only(made.report(fused))
+
+    def multiplied(factor: float) -> Any:
+        return of_all(made, lambda m: made.base[f"{m}.weight"] + factor * made.product(m))
+
+    found = only(made.report(multiplied(1.7)))
     assert (found.slug, found.modules) == ("scale", WEIGHTS)
     later = [text for text in tried if not text.startswith(WEIGHTS[0])]
     assert later == [f"{name} " for name in WEIGHTS[1:]]
