@@ -166,7 +166,7 @@ def by_column(magnitudes: Tensor) -> bool:
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
     """Equal numbers, in any shape of one size; in two dtypes, within a rounding to the narrower."""
-    first, second = values(one).reshape(-1), values(other).reshape(-1)
+    first, second = values(one).ravel(), values(other).ravel()
     if first.shape != second.shape or by_column(one) != by_column(other):
         return False
     if one.dtype == other.dtype:

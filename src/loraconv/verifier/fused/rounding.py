@@ -226,7 +226,7 @@ def _compare_compiled(
     least, near = _spacing(stored, dtype)
     count, changed, along, size, rest = _cells.compare(base, stored, product, *room, least, near, reach, unsettled)
     figures = Figures(elements=stored.size, changed=int(changed), along=size + along, size=size, rest=rest)
-    return figures, unsettled.reshape(-1)[:count]
+    return figures, unsettled.ravel()[:count]
 
 
 def _unconfirmed(base: Array, stored: Array, delta: Delta, start: int, dtype: str, doubtful: Array) -> Array:
@@ -296,12 +296,12 @@ def _judged(base: Array, stored: Array, delta: Delta, start: int, dtype: str, ch
     import numpy as np
 
     rows, columns = np.divmod(chosen, stored.shape[1])
-    added = delta.at(rows + start, columns) if stored.dtype == np.float32 else product.reshape(-1)[chosen]
-    before = base.reshape(-1)[chosen].astype(np.float64)
+    added = delta.at(rows + start, columns) if stored.dtype == np.float32 else product.ravel()[chosen]
+    before = base.ravel()[chosen].astype(np.float64)
     lengths = delta.lengths[rows + start, 0] * delta.widths[0, columns]
     if delta.wholes:
         lengths = lengths + np.linalg.norm(product, axis=1)[rows]
     return replace(
-        judge(stored.reshape(-1)[chosen].astype(np.float64), before, added, lengths * (delta.rank + 8), dtype),
+        judge(stored.ravel()[chosen].astype(np.float64), before, added, lengths * (delta.rank + 8), dtype),
         worst_row=start,
     )
