@@ -1,4 +1,4 @@
-"""How stored numbers are read and settled: every dtype and shape, sums that are no product, a processor that flushes."""
+"""How stored numbers are read and settled: any dtype and shape, sums that are no product, a processor that flushes."""
 
 from __future__ import annotations
 
@@ -150,6 +150,22 @@ def test_a_sum_that_is_no_product_is_judged_like_one_that_is(dtype: str) -> None
     assert figures.size == pytest.approx(np.sum((2.5 * up @ down) ** 2), rel=1e-12)
     assert figures.along == pytest.approx(np.sum((stored - base) * (2.5 * up @ down)), rel=1e-9)
     assert figures.rest == pytest.approx(np.sum((stored - exact) ** 2), rel=1e-9)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(("stored", "misrounded"), [(0.0, 1), (2.0**-133, 0)])
+def test_products_that_float32_loses_altogether_are_counted_in(
+    stored: float, misrounded: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The middle between 0 and bfloat16's smallest number is 2**-134. Float32 makes 2**-134 - 2**-146 of a sum that is
+    above it: it rounds 120 products of 2**-151 to zero."""
+    if not compiled:
+        monkeypatch.setattr(rounding, "_cells", None)
+    up = np.array([[2.0**-67, -(2.0**-73), *[2.0**-75] * 120]])
+    down = np.array([[2.0**-67, 2.0**-73, *[2.0**-76] * 120]]).T
+    assert float(up[0] @ down[:, 0]) > 2.0**-134
+    given = np.zeros((1, 1), np.float32), np.full((1, 1), stored, np.float32)
+    assert compare_block(*given, Delta.of(up, down), 0, "BF16").misrounded == misrounded
 
 
 @pytest.mark.parametrize("array", [[1.5, 1.0], [-1.5], [1.25, 1.0], [-1.75, 1.0], [0.75, 0.5], [1.0], [3.0, -2.0]])
