@@ -281,6 +281,7 @@ def test_whole_numbers_are_subtracted_too(dtype: str) -> None:
 PREFIXES: dict[str, tuple[tuple[str, str], tuple[str, str], str]] = {
     "one more": (("a.b.w", "a.c.w"), ("m.a.b.w", "m.a.c.w"), "begin with 'm.' instead of ''"),
     "one less": (("m.a.b.w", "m.a.c.w"), ("a.b.w", "a.c.w"), "begin with '' instead of 'm.'"),
+    "one more before two steps": (("a.w", "c.w"), ("m.a.w", "m.c.w"), "begin with 'm.' instead of ''"),
     "another": (("m.a.b.w", "m.a.c.w"), ("n.o.a.b.w", "n.o.a.c.w"), "begin with 'n.o.' instead of 'm.'"),
 }
 

@@ -88,6 +88,8 @@ def test_the_error_against_a_delta_of_zero_is_absolute_and_infinities_are_left_t
     assert error == pytest.approx(10.0)
     assert bound == pytest.approx(2.0**-25 * 5 + 2.0**-25 * down)
     assert relative_error(pair([np.inf, 1.0]), pair([np.nan, 1.0]))[0] == 0
+    assert relative_error(pair([np.inf, 3.0]), pair([np.nan, 4.0]))[0] == pytest.approx(1 / 3)
+    assert relative_error(pair(3.0, [np.inf, 3.0]), pair(3.0, [-np.inf, 4.0]))[0] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("near", [1.0, 1e-3, 1e-7, 1e-10, 0.0])

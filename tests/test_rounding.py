@@ -49,10 +49,9 @@ def test_numbers_of_any_shape_are_rounded_once_or_not(shape: tuple[int, ...], ki
 
 
 @pytest.fixture
-def flushing() -> Iterator[None]:
-    """The processor takes the smallest numbers for zero, as fast-math code leaves it."""
-    assert torch.set_flush_denormal(True)
-    yield
+def flushing() -> Iterator[Any]:
+    """Whether the processor takes the smallest numbers for zero, as fast-math code leaves it."""
+    yield torch.set_flush_denormal
     torch.set_flush_denormal(False)
 
 
@@ -70,17 +69,20 @@ def exactly(bits: Any) -> Any:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("flushes", [True, False])
 def test_a_processor_that_flushes_small_numbers_reads_them_all_the_same(
-    compiled: bool, stored: Any, flushing: None, monkeypatch: pytest.MonkeyPatch
+    compiled: bool, flushes: bool, stored: Any, flushing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
         monkeypatch.setattr(rounding, "_cells", None)
     bits = half_bits()
     ref = stored(x=torch.from_numpy(bits.view(np.float16)[None].copy()))["x"]
-    assert rounding._flushes()
-    found = numbers(ref, "F16")
-    torch.set_flush_denormal(False)
     assert not rounding._flushes()
+    flushing(flushes)
+    assert rounding._flushes() is flushes
+    found = numbers(ref, "F16")
+    flushing(False)
+    assert found.dtype == np.float32
     np.testing.assert_array_equal(found[0].astype(np.float64), exactly(bits))
 
 

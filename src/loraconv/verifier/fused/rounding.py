@@ -263,7 +263,7 @@ def _unsettled(exact: Array, stored: Array, room: Array, dtype: str) -> Array:
 
     integer = np.uint32 if stored.dtype == np.float32 else np.uint64
     reach = _reach(stored, dtype)
-    if reach < 0:  # float64 itself: nothing is settled before the float64 noise is counted in
+    if not reach:  # float64 itself: nothing is settled before the float64 noise is counted in
         return np.ones(stored.shape, dtype=bool)
     first = np.subtract(stored.view(integer), integer(reach))
     low = (exact - room).view(integer)
@@ -275,12 +275,12 @@ def _unsettled(exact: Array, stored: Array, room: Array, dtype: str) -> Array:
 
 
 def _reach(work: Array, dtype: str) -> int:
-    """How many numbers of the dtype worked in, to either side of a stored one, surely round to it; negative where it
-    has no more bits than ``dtype``."""
+    """How many numbers of the dtype worked in, to either side of a stored one, surely round to it; 0 where it has no
+    more bits than ``dtype``."""
     import numpy as np
 
     dropped = int(np.finfo(work.dtype).nmant) - LAYOUT[dtype][0]
-    return (1 << (dropped - 1)) - 2 if dropped else -1
+    return (1 << (dropped - 1)) - 2 if dropped else 0
 
 
 def _spacing(work: Array, dtype: str) -> tuple[float, float]:
