@@ -67,7 +67,7 @@ def magnitudes_of(spelled: Tensors) -> dict[str, Tensor]:
     shares = here(bare, original=True) if flattened else [[Share(name)] for name in bare]
     made: dict[str, Tensor] = {}
     for ref, parts in zip(spelled.values(), shares, strict=True):
-        if (len(parts) == 1 and parts[0].of == 1) or ref.shape[0] == 1:
+        if ref.shape[0] == 1:
             # Columns have one norm over the rows of all parts, which is that of no part.
             made[" and ".join(share.module for share in parts)] = ref
             continue
