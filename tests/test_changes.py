@@ -133,6 +133,8 @@ def test_every_tensor_is_one_of_seven_things() -> None:
     assert changes["more"].after == ("F32", (1,))
     assert (changes["turned"].before, changes["turned"].after) == (("F32", (2, 3)), ("F32", (3, 2)))
     assert changes["fewer"].figures is None
+    assert {change.rank for change in changes.values()} == {0}
+    assert {change.rank for change in compare_states({"w": Tensor(a)}, {"x": Tensor(b)}, 3)} == {3}  # type: ignore[dict-item]
     assert changes["turned"].figures == Figures(0.0, 0.0, 0, 6, 0, "")
 
 

@@ -144,7 +144,7 @@ def _cause(guess: Sum, way: Way) -> Cause:
 def _sums(sample: Sample) -> Iterator[Sum]:
     base, own = sample.base, sample.own
     yield Sum("", "", base, own, 1.0)
-    yield Sum("unfused", "", base, [], 0.0)
+    yield Sum("unfused", "", base, [])
     yield from _multiples(sample)
     if len(own) > 1:
         for n in range(len(own)):
