@@ -65,7 +65,9 @@ def test_products_of_other_grids_are_compared_as_what_they_are() -> None:
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 def test_a_product_that_holds_no_number_is_infinitely_far_from_any_of_another_grid(number: float) -> None:
     one, other = kron(ONE, OTHER), low_rank(UP, DOWN)
-    broken = low_rank(np.where(UP == UP[3, 1], number, UP), DOWN), kron(np.where(ONE == ONE[1, 1], number, ONE), OTHER)
+    up, left = UP.copy(), ONE.copy()
+    up[3, 1] = left[1, 1] = number
+    broken = low_rank(up, DOWN), kron(left, OTHER)
     for first, second in ((one, broken[0]), (broken[1], other), broken):
         assert distance(first, second) == distance(second, first) == np.inf
 
