@@ -208,3 +208,88 @@ def test_magnitudes_that_are_lost_new_or_others_are_counted_and_named() -> None:
 def test_magnitudes_of_rows_and_columns_are_never_equal_but_of_one_number(one: Any, other: Any, equal: bool) -> None:
     for first, second in ((one, other), (other, one)):
         assert compare_magnitudes({"m": held(first)}, {"m": held(second)})[0].equal == equal
+
+
+# --- kinds of modules -------------------------------------------------------------------------------------------------
+
+
+def double(*shape: int, seed: int = 0) -> Any:
+    return np.random.default_rng((seed, *shape)).normal(size=shape)
+
+
+def delta_of(pair: Pair) -> Any:
+    if pair.grid is None:
+        return float(pair.scale) * values(pair.up) @ values(pair.down)
+    n1, m1, n2, m2 = pair.grid
+    return float(pair.scale) * np.kron(values(pair.up).reshape(n1, m1), values(pair.down).reshape(n2, m2))
+
+
+@pytest.mark.parametrize(("ranks", "low"), [((2, 2), 4), ((3, 4), 12), ((2, 6), 12), ((4, 4), 0), ((2, 8), 0),
+    ((3, 5), 15), ((1, 1), 1), ((5, 5), 0)])  # fmt: skip
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
+def test_a_loha_has_the_product_of_its_ranks_or_is_a_whole_matrix(
+    ranks: tuple[int, int], low: int, shape: tuple[int, int]
+) -> None:
+    """Whole where that many columns would be no fewer than those of the matrix; alpha is divided by the rank of w1."""
+    rows, columns = shape
+    (r1, r2), seeds = ranks, iter(range(4))
+    sides: Any = {
+        "hada_w1_a": (rows, r1), "hada_w1_b": (r1, columns), "hada_w2_a": (rows, r2), "hada_w2_b": (r2, columns),
+    }  # fmt: skip
+    sides = {side: Held(double(*size, seed=next(seeds)), "F32") for side, size in sides.items()}
+    w1a, w1b, w2a, w2b = (tensor.values for tensor in sides.values())
+    whole = (w1a @ w1b) * (w2a @ w2b)
+    for alpha, scale in ((None, 1.0), (Fraction(3), 3 / r1)):
+        (pair,) = special_pairs(sides, alpha).values()
+        assert (pair.grid, pair.shape[1]) == ((None, low) if low else ((1, 1, rows, columns), min(shape)))
+        np.testing.assert_allclose(delta_of(pair), scale * whole, rtol=1e-12, atol=1e-12)
+    (pair,) = special_pairs({**sides, "alpha": Held(np.float64(5), "F32")}, None).values()
+    assert pair.scale == Fraction(5, r1)
+
+
+@pytest.mark.parametrize("first", ["whole", "factors"])
+@pytest.mark.parametrize("second", ["whole", "factors", "core"])
+def test_a_lokr_is_the_kronecker_product_of_its_parts_whatever_they_are_made_of(first: str, second: str) -> None:
+    """Alpha counts where a part has factors, divided by the rank of w2 or else of w1."""
+    one, other = double(3, 2), double(4, 5, seed=1)
+    sides: Any = {"lokr_w1": one, "lokr_w2": other}
+    rank = 0
+    if first == "factors":
+        sides |= {"lokr_w1_a": double(3, 6), "lokr_w1_b": double(6, 2)}
+        one, rank = sides["lokr_w1_a"] @ sides["lokr_w1_b"], 6
+        del sides["lokr_w1"]
+    if second != "whole":
+        sides |= {"lokr_w2_a": double(4, 7), "lokr_w2_b": double(7, 5)}
+        other, rank = sides["lokr_w2_a"] @ sides["lokr_w2_b"], 7
+        del sides["lokr_w2"]
+    if second == "core":
+        sides |= {"lokr_t2": double(7, 7, 3, 3), "lokr_w2_a": double(7, 4)}
+        other = np.einsum("ijhw,io,jn->onhw", sides["lokr_t2"], sides["lokr_w2_a"], sides["lokr_w2_b"]).reshape(4, 45)
+    held_sides: Any = {side: Held(array, "F32") for side, array in sides.items()}
+    for alpha in (None, Fraction(3)):
+        (pair,) = special_pairs(held_sides, alpha).values()
+        assert pair.scale == (1 if alpha is None or not rank else alpha / rank)
+        np.testing.assert_allclose(delta_of(pair), float(pair.scale) * np.kron(one, other), rtol=1e-12, atol=1e-12)
+        assert pair.kernel == ((3, 3) if second == "core" else ())
+
+
+@pytest.mark.parametrize("kernel", [(), (1, 1), (3, 1), (2, 3)])
+def test_a_convolution_is_a_matrix_of_rows_times_everything_else(kernel: tuple[int, ...]) -> None:
+    down, up = double(2, 3, *kernel), double(5, 2, *[1] * len(kernel))
+    sides: Any = {"down": Held(down, "F32"), "up": Held(up, "F32"), "alpha": Held(np.float64(3), "F32")}
+    (pair,) = special_pairs(sides, None).values()
+    want = up.reshape(5, 2) @ down.reshape(2, -1) * 3 / 2
+    np.testing.assert_allclose(delta_of(pair), want, rtol=1e-12)
+    assert pair.kernel == (kernel if np.prod(kernel) > 1 else ())
+    (whole,) = special_pairs({"diff": Held(down, "F32")}, Fraction(7)).values()  # type: ignore[dict-item]
+    np.testing.assert_allclose(delta_of(whole), down.reshape(2, -1), rtol=1e-12)
+    assert whole.kernel == pair.kernel
+
+
+def test_a_core_stands_between_the_factors_of_a_convolution() -> None:
+    core, down, up = double(2, 4, 3, 3), double(4, 5, 1, 1), double(6, 2, 1, 1)
+    sides: Any = {"lora_mid": Held(core, "F32"), "down": Held(down, "F32"), "up": Held(up, "F32")}
+    (pair,) = special_pairs(sides, Fraction(2)).values()
+    want = np.einsum("oi,ijhw,jn->onhw", up[..., 0, 0], core, down[..., 0, 0]).reshape(6, 45) * 2 / 4
+    np.testing.assert_allclose(delta_of(pair), want, rtol=1e-12, atol=1e-12)
+    assert (pair.kernel, pair.shape) == ((3, 3), (6, 2, 45))
