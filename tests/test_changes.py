@@ -234,6 +234,7 @@ def test_tensors_that_were_one_are_missed_where_only_some_of_them_changed() -> N
     assert found(one, two | {"head": Tensor(BASE["norm"] * 3, place="x")}) == {"split": ("head",)}
     missing = {name: tensor for name, tensor in two.items() if name != "tail"}
     assert found(one, missing) == {"split": ("tail",)}
+    assert found(one, two | {"head": Tensor(BASE["norm"].astype(np.float64), place="x")}) == {"split": ("head",)}
     every = {name: Tensor(BASE["norm"] * 3, place=name) for name in one}
     assert found(one, every) == {"changed": tuple(one)}
     kept = {name: Tensor(BASE["norm"], place="t") for name in one}

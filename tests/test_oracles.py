@@ -1,4 +1,4 @@
-"""Where the definitions find what a file says: components, settings, alphas, ranks; and the oracle of another package."""
+"""Where the definitions find what a file says: components, settings, alphas, ranks; the oracle of another package."""
 
 from __future__ import annotations
 
