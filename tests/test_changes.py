@@ -249,6 +249,7 @@ CASTS: dict[str, tuple[Any, Any, str]] = {
     "there and back": (f32(4), f32(4).astype(np.float16).astype(np.float32), "rounded"),
     "narrower and in another shape": (f32(4), f32(4).astype(np.float16).reshape(2, 2), "reshaped"),
     "other numbers in another shape": (f32(4), f32(4, seed=1).reshape(2, 2), "reshaped"),
+    "other bytes of the same numbers": (np.zeros(4, np.float32), -np.zeros(4, np.float32), "changed"),
     "other numbers in another dtype": (f32(4), f32(4, seed=1).astype(np.float16), "changed"),
 }
 

@@ -226,6 +226,31 @@ def test_a_mistake_in_numbers_is_caught_or_missed_or_none(spoilt: Any, accepted:
     assert controls._numbers_control(block, "x", None if spoilt is None else np.array(spoilt)) == control
 
 
+@pytest.mark.parametrize(("ranks", "divided"), [((1, 1), False), ((1, 2), True), ((3,), True)])
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
+@pytest.mark.parametrize("shape", [(2, 2), (2, 3)])
+def test_mistakes_that_have_no_place_are_not_made(
+    ranks: tuple[int, ...], divided: bool, dtype: str, shape: tuple[int, int]
+) -> None:
+    """A scale over a rank of 1 is itself, only a square is transposed, and wide numbers are rounded in many ways."""
+    parts = [Part(normal(shape[0], r), normal(r, shape[1]), Fraction(1), Fraction(1), 0, r) for r in ranks]
+    case = SimpleNamespace(parts=lambda module: parts, modules=["m"], shapes=lambda module: {shape})
+    base = normal(*shape)
+    block: Any = SimpleNamespace(
+        case=case, module="m", sum=lambda parts: parts, shape=shape, dtype=dtype, right=base, base=base, delta=None,
+        rows=lambda delta: base,
+    )  # fmt: skip
+    made = dict(controls._wrong_numbers(block))
+    none = {name for name, spoilt in made.items() if spoilt is None}
+    assert none == {"q and k swapped", "layers shifted by one"} | {
+        *(() if divided else ("scale divided by rank",)), *(() if shape == (2, 2) else ("delta transposed",)),
+        *(() if dtype in ("F16", "BF16") else ("cut off instead of rounded",)),
+    }  # fmt: skip
+    assert [p.strength for p in made["strength doubled"]] == [2] * len(ranks)  # type: ignore[union-attr]
+    if divided:
+        assert [p.scale for p in made["scale divided by rank"]] == [Fraction(1, r) for r in ranks]  # type: ignore[union-attr]
+
+
 class Bytes:
     """A tensor of bytes that counts how often it is read."""
 
