@@ -42,10 +42,10 @@ TESTS = (
     "controls", "convolutions", "dialects", "difference", "diffusers_oracle", "exactness", "extension", "extract",
     "extracted", "file_oracles", "flux_dialects", "forward", "forward_verdict", "fuse", "fuse_hf_llava", "fuse_llava",
     "fused_case", "fused_causes", "fused_diagnosis", "guesses", "kron", "llava_settings", "loadable", "merge",
-    "merging", "namespace_oracles", "namespaces", "naming", "norms", "oracles", "parallel", "peft_tuners", "proof",
-    "prove_fused", "public_lists", "readings", "registry", "report_html", "resize", "rounding", "roundtrip", "rules",
-    "sat2diffusers", "sat_lora", "sdxl", "spectrum", "split", "trained", "unfuse", "variants", "verifier_parts",
-    "verify", "verify_changes", "verify_forward", "verify_fused", "whole_changes", "zero_shards",
+    "merging", "namespace_oracles", "namespaces", "naming", "norms", "numbers", "oracles", "parallel", "peft_tuners",
+    "proof", "prove_fused", "public_lists", "readings", "registry", "report_html", "resize", "rounding", "roundtrip",
+    "rules", "sat2diffusers", "sat_lora", "sdxl", "spectrum", "split", "trained", "unfuse", "variants",
+    "verifier_parts", "verify", "verify_changes", "verify_forward", "verify_fused", "whole_changes", "zero_shards",
 )  # fmt: skip
 #: Seconds of processor time a mutant may take besides five times that of its tests.
 GRACE = 30
