@@ -15,7 +15,16 @@ import torch
 from loraconv.verifier.dtypes import expected_dtypes
 from loraconv.verifier.fused.figures import judge
 from loraconv.verifier.fused.rounding import Delta, compare_block, numbers, row_blocks
-from loraconv.verifier.numbers import Held, Outcome, Pair, compare, difference_norm, relative_error, same_bytes
+from loraconv.verifier.numbers import (
+    Held,
+    Outcome,
+    Pair,
+    compare,
+    difference_norm,
+    relative_error,
+    same_bytes,
+    values,
+)
 from loraconv.verifier.proof import Check, Control, Proof
 from loraconv.verifier.reshaped import ASKED, LEAST, NAMES, NUMBERS, STATED, Claims, Term
 from loraconv.verifier.reshaped import _prove as prove_reshaped
@@ -445,6 +454,29 @@ def test_mistakes_that_only_sums_can_have_say_where_they_change_nothing() -> Non
         ).controls
     }
     assert controls["strengths forgotten"] == Control("strengths forgotten", None, harmless)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "harmless"),
+    [((0.5, 1.5), "strengths forgotten"), ((1, -1), "factors added up, with cross terms"), ((2, 3), "")],
+)
+def test_a_mistake_that_cancels_itself_changes_nothing(strengths: tuple[float, float], harmless: str) -> None:
+    """One adapter twice: forgotten, 0.5 and 1.5 are 1 and 1; at 1 and -1 the cross terms are each other's opposite."""
+    one = drawn(1)
+    terms = [Term(one, Fraction(strength)) for strength in strengths]
+    sums = {
+        m: Pair(
+            Held(np.concatenate([values(p.down)] * 2), "F32"),
+            Held(np.concatenate([values(p.up) * s for s in strengths], axis=1), "F32"),
+            Fraction(1),
+        )
+        for m, p in one.items()
+    }
+    proof = prove_reshaped(terms, sums, Claims({}), False)
+    names = ("an adapter left out", "strengths forgotten", "factors added up, with cross terms")
+    caught = {control.name: control.caught for control in proof.controls if control.name in names}
+    assert caught == {name: None if name == harmless else True for name in names}
+    assert proof.passed
 
 
 def test_another_list_of_modules_is_no_sum() -> None:
