@@ -458,10 +458,11 @@ def test_mistakes_that_only_sums_can_have_say_where_they_change_nothing() -> Non
 
 @pytest.mark.parametrize(
     ("strengths", "harmless"),
-    [((0.5, 1.5), "strengths forgotten"), ((1, -1), "factors added up, with cross terms"), ((2, 3), "")],
+    [((0.5, 1.5), "strengths forgotten"), ((1, -1), "factors added up, with cross terms"), ((2, 3), ""), ((-2, 1), "")],
 )
 def test_a_mistake_that_cancels_itself_changes_nothing(strengths: tuple[float, float], harmless: str) -> None:
-    """One adapter twice: forgotten, 0.5 and 1.5 are 1 and 1; at 1 and -1 the cross terms are each other's opposite."""
+    """One adapter twice: forgotten, 0.5 and 1.5 are 1 and 1; at 1 and -1 the cross terms are each other's opposite. At
+    -2 and 1 a mistake is as large as the sum."""
     one = drawn(1)
     terms = [Term(one, Fraction(strength)) for strength in strengths]
     sums = {
