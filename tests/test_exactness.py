@@ -27,6 +27,7 @@ from loraconv.verifier.numbers import (
 )
 from loraconv.verifier.proof import Check, Control, Proof
 from loraconv.verifier.reshaped import ASKED, LEAST, NAMES, NUMBERS, STATED, Claims, Term
+from loraconv.verifier.reshaped import _MISTAKES as MISTAKES
 from loraconv.verifier.reshaped import _prove as prove_reshaped
 
 ULP = 2.0**-52
@@ -478,6 +479,25 @@ def test_a_mistake_that_cancels_itself_changes_nothing(strengths: tuple[float, f
     caught = {control.name: control.caught for control in proof.controls if control.name in names}
     assert caught == {name: None if name == harmless else True for name in names}
     assert proof.passed
+
+
+def test_the_mistakes_of_a_merge_are_what_they_are_called() -> None:
+    """What is stored with each, of three adapters with scales and strengths of their own."""
+    pairs = [drawn(seed)[MODULES[0]] for seed in (1, 2, 3)]
+    scales, strengths = (Fraction(1, 2), Fraction(3), Fraction(5, 4)), (Fraction(3, 2), Fraction(1), Fraction(-1, 4))
+    ups, downs = ([values(side) for side in sides] for sides in ([p.up for p in pairs], [p.down for p in pairs]))
+    weights = [float(scale * strength) for scale, strength in zip(scales, strengths, strict=True)]
+    products = [up @ down for up, down in zip(ups, downs, strict=True)]
+    stored = {
+        "an adapter left out": weights[0] * products[0] + weights[1] * products[1],
+        "strengths forgotten": sum(float(s) * p for s, p in zip(scales, products, strict=True)),
+        "factors added up, with cross terms": sum(w * u for w, u in zip(weights, ups, strict=True)) @ sum(downs),
+    }
+    right = sum(w * p for w, p in zip(weights, products, strict=True))
+    parts = list(zip(weights, pairs, strengths, strict=True))
+    for name, mistake in MISTAKES.items():
+        added = sum(up @ down for up, down in mistake(parts))
+        np.testing.assert_allclose(right + added, stored[name], rtol=1e-12, atol=1e-12, err_msg=name)
 
 
 def test_another_list_of_modules_is_no_sum() -> None:
