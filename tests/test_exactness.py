@@ -26,8 +26,8 @@ from loraconv.verifier.numbers import (
     values,
 )
 from loraconv.verifier.proof import Check, Control, Proof
-from loraconv.verifier.reshaped import ASKED, LEAST, NAMES, NUMBERS, STATED, Claims, Term
 from loraconv.verifier.reshaped import _MISTAKES as MISTAKES
+from loraconv.verifier.reshaped import ASKED, LEAST, NAMES, NUMBERS, STATED, Claims, Term
 from loraconv.verifier.reshaped import _prove as prove_reshaped
 
 ULP = 2.0**-52
