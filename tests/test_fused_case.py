@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from types import SimpleNamespace
@@ -276,3 +277,46 @@ def test_one_bit_is_turned_in_the_smallest_tensor_that_kept_its_bytes() -> None:
         assert missed == Control(what, None, "there is none that keeps its bytes")
     list(controls._byte_controls(case_of(base, fused), ["large", "wide"]))
     assert base["large"].read > 0 == base["wide"].read
+
+
+def test_mistakes_in_the_list_of_tensors_are_what_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the fused models that the check of names is shown."""
+    shown: list[dict[str, Any]] = []
+
+    def spy(base: Any, fused: Any, dtype: Any) -> Check:
+        shown.append(dict(fused))
+        return check_names(base, fused, dtype)
+
+    monkeypatch.setattr(controls, "check_names", spy)
+    own: Any = {"w.weight": Matrix((2, 3)), "s.weight": Matrix((2, 2)), "norm": Bytes(b"abcd")}
+    run: Any = {"norm": Bytes(b"abce"), "more": Bytes(b"ab")}
+    base = own | run
+    case = case_of(base, dict(base))
+    assert [(c.name, c.caught, c.by) for c in controls._structure_controls(case, "w.weight")] == [
+        ("a module dropped", True, "L0"), ("a weight transposed", True, "L0")
+    ]  # fmt: skip
+    dropped, turned = shown
+    assert set(dropped) == set(base) - {"w.weight"}
+    assert {name: ref.shape for name, ref in turned.items()} == {n: r.shape for n, r in base.items()} | {
+        "w.weight": (3, 2)
+    }
+    assert [c.name for c in controls._structure_controls(case, "s.weight")] == ["a module dropped"]
+    shown.clear()
+    assert [(c.name, c.caught, c.by) for c in controls.beside_controls(case, own, run)] == [
+        ("a tensor of the run left out", True, "L0"), ("the base's own tensor in place of the run's", True, "L1")
+    ]  # fmt: skip
+    left_out, replaced = shown
+    assert left_out == {n: r for n, r in base.items() if n != "more"}
+    assert replaced == base | {"norm": own["norm"]}
+    assert list(controls.beside_controls(case, own, {"norm": own["norm"]})) == []
+    wider: Any = {"norm": Bytes(b"abcd", "F32")}
+    (kept,) = controls.beside_controls(case_of(own | wider, own | wider), own, wider)
+    assert (kept.caught, kept.by) == (True, "L0")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The shape of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str = "F16"
