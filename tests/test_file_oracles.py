@@ -293,3 +293,24 @@ def test_a_core_stands_between_the_factors_of_a_convolution() -> None:
     want = np.einsum("oi,ijhw,jn->onhw", up[..., 0, 0], core, down[..., 0, 0]).reshape(6, 45) * 2 / 4
     np.testing.assert_allclose(delta_of(pair), want, rtol=1e-12, atol=1e-12)
     assert (pair.kernel, pair.shape) == ((3, 3), (6, 2, 45))
+
+
+@pytest.mark.parametrize("rows", [2 * IN, 6 * IN])
+def test_a_whole_difference_of_the_last_modulation_of_sd3_is_swapped_too(rows: int, read: Any) -> None:
+    whole = normal(rows, IN)
+    name = "lora_unet_joint_blocks_7_context_block_adaLN_modulation_1.diff"
+    right = np.concatenate([whole[IN:], whole[:IN]]) if rows == 2 * IN else whole
+    found = pairs_of("kohya", [read({name: whole})], {}, None, None)
+    assert_same(found, {"transformer_blocks.7.norm1_context.linear": right})
+
+
+def test_blocks_of_a_peft_file_in_original_names_count_at_the_scale_of_the_whole(read: Any) -> None:
+    up = np.concatenate([np.pad(normal(4, 2), ((0, 0), (2 * n, 4 - 2 * n))) for n in range(3)])
+    down, begin = normal(RANK, IN), "base_model.model.double_blocks.3.img_attn.qkv"
+    tensors = read({f"{begin}.lora_A.weight": down, f"{begin}.lora_B.weight": up})
+    right = {f"{ATTENTION}{m}": 0.5 * up[4 * n : 4 * n + 4] @ down for n, m in enumerate(OURS)}
+    found = pairs_of("peft", [tensors], {}, {"lora_alpha": 3}, None)
+    assert_same(found, right)
+    assert {pair.shape[1] for pair in found.values()} == {2}
+    with_root = pairs_of("peft", [tensors], {}, {"lora_alpha": 3, "use_rslora": True}, None)
+    assert_same(with_root, {m: delta * np.sqrt(RANK) for m, delta in right.items()})
