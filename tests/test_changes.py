@@ -133,6 +133,8 @@ def test_every_tensor_is_one_of_seven_things() -> None:
     assert changes["more"].after == ("F32", (1,))
     assert (changes["turned"].before, changes["turned"].after) == (("F32", (2, 3)), ("F32", (3, 2)))
     assert changes["fewer"].figures is None
+    assert {change.rank for change in changes.values()} == {0}
+    assert {change.rank for change in compare_states({"w": Tensor(a)}, {"x": Tensor(b)}, 3)} == {3}  # type: ignore[dict-item]
     assert changes["turned"].figures == Figures(0.0, 0.0, 0, 6, 0, "")
 
 
@@ -232,6 +234,7 @@ def test_tensors_that_were_one_are_missed_where_only_some_of_them_changed() -> N
     assert found(one, two | {"head": Tensor(BASE["norm"] * 3, place="x")}) == {"split": ("head",)}
     missing = {name: tensor for name, tensor in two.items() if name != "tail"}
     assert found(one, missing) == {"split": ("tail",)}
+    assert found(one, two | {"head": Tensor(BASE["norm"].astype(np.float64), place="x")}) == {"split": ("head",)}
     every = {name: Tensor(BASE["norm"] * 3, place=name) for name in one}
     assert found(one, every) == {"changed": tuple(one)}
     kept = {name: Tensor(BASE["norm"], place="t") for name in one}
@@ -246,6 +249,7 @@ CASTS: dict[str, tuple[Any, Any, str]] = {
     "there and back": (f32(4), f32(4).astype(np.float16).astype(np.float32), "rounded"),
     "narrower and in another shape": (f32(4), f32(4).astype(np.float16).reshape(2, 2), "reshaped"),
     "other numbers in another shape": (f32(4), f32(4, seed=1).reshape(2, 2), "reshaped"),
+    "other bytes of the same numbers": (np.zeros(4, np.float32), -np.zeros(4, np.float32), "changed"),
     "other numbers in another dtype": (f32(4), f32(4, seed=1).astype(np.float16), "changed"),
 }
 
@@ -281,6 +285,7 @@ def test_whole_numbers_are_subtracted_too(dtype: str) -> None:
 PREFIXES: dict[str, tuple[tuple[str, str], tuple[str, str], str]] = {
     "one more": (("a.b.w", "a.c.w"), ("m.a.b.w", "m.a.c.w"), "begin with 'm.' instead of ''"),
     "one less": (("m.a.b.w", "m.a.c.w"), ("a.b.w", "a.c.w"), "begin with '' instead of 'm.'"),
+    "one more before two steps": (("a.w", "c.w"), ("m.a.w", "m.c.w"), "begin with 'm.' instead of ''"),
     "another": (("m.a.b.w", "m.a.c.w"), ("n.o.a.b.w", "n.o.a.c.w"), "begin with 'n.o.' instead of 'm.'"),
 }
 

@@ -155,6 +155,14 @@ def test_the_header_is_read_by_those_who_read_it() -> None:
         assert read(HEADER, keys(Q), wrong).error == error
 
 
+def test_peft_reads_its_configuration_where_no_key_is_its_own_too() -> None:
+    others = keys(Q)
+    assert read(PEFT, others, {"peft_type": "LORA", "r": 2}).error == "KeyError"
+    assert read(PEFT, others, stated("to_q", peft_type="LORA")) == Reading("c", dropped=tuple(others))
+    theirs = keys(Q, prefix="base_model.model.")
+    assert read(HEADER, theirs, {"r": 2}) == Reading("c", dropped=tuple(theirs))
+
+
 def test_peft_needs_its_file_and_its_kind() -> None:
     tensors = keys(Q, prefix="base_model.model.")
     assert read(PEFT, tensors).error == "adapter_config.json"

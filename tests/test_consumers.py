@@ -29,7 +29,16 @@ from loraconv.source import open_source
 from loraconv.verification.consumers import ConsumersResult, Use, verify_consumers
 from loraconv.verifier.consumers.prediction import read_with
 from loraconv.verifier.consumers.reading import AdapterFile, Reading
-from loraconv.verifier.consumers.table import CONFIG_FIELDS, CONSUMERS, DEFAULTS, FOLLOWED, MODULES, NOTES, ByName
+from loraconv.verifier.consumers.table import (
+    CONFIG_FIELDS,
+    CONSUMERS,
+    DEFAULTS,
+    FOLLOWED,
+    MODULES,
+    NOTES,
+    ByConfig,
+    ByName,
+)
 from tests import consumer_run
 from tests import consumer_zoo as zoo_of
 from tests.cli_support import tiny_run
@@ -548,6 +557,15 @@ def test_the_json_has_the_documented_keys(zoo: dict[str, Path], capsys: pytest.C
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_the_peft_of_a_row_is_the_oldest_that_it_was_run_with_or_that_its_name_says() -> None:
+    oldest: dict[str, tuple[int, int]] = {}
+    for row, packages in RELEASES.values():
+        major, minor = packages[0].removeprefix("peft==").split(".")[:2]
+        oldest[row] = min(oldest.get(row, (9, 9)), (int(major), int(minor)))
+    oldest |= {"peft 0.15 to 0.20": (0, 15), "peft 0.21 and later": (0, 21)}
+    assert {row.name: row.peft for row in CONSUMERS if isinstance(row, ByConfig)} == oldest
 
 
 def test_every_row_is_whole() -> None:

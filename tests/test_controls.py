@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from loraconv.io.input_file import InputFile
 from loraconv.io.safetensors_read import read_safetensors
+from loraconv.verifier import base as base_proof
 from loraconv.verifier.base import _mistakes as base_mistakes
 from loraconv.verifier.controls import adapter_controls, comparison_controls
 from loraconv.verifier.delta import compare_adapters
@@ -185,6 +186,23 @@ def test_where_every_number_is_exact_in_few_bits_the_last_tensor_is_taken() -> N
     made = {name: spoil() for name, spoil in base_mistakes(stored)}
     assert list(made["a tensor doubled"]) == ["transformer_blocks.0.attn1.to_q.weight"]
     assert list(made["modulation chunks left in their order"]) == ["transformer_blocks.0.norm1.linear.weight"]
+
+
+def test_a_proof_of_a_base_that_sees_nothing_misses_every_mistake_that_changes_a_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(base_proof, "_agrees", lambda *given: True)
+    monkeypatch.setattr(base_proof, "source_of", lambda *given: None)
+    drawn = a_base()
+    ones = {name: Held(np.ones_like(values(tensor)), "F32") for name, tensor in drawn.items()}
+    changing = {"a tensor doubled", "a tensor halved", "a tensor zeroed"}
+    for stored, missed in ((drawn, {name for name, _ in base_mistakes(drawn)}), (ones, changing)):
+        given: Any = [], stored, dict.fromkeys(stored), None
+        controls = base_proof._controls(*given)
+        assert {control.name: control.caught for control in controls} == {
+            name: False if name in missed else None for name, _ in base_mistakes(stored)
+        }
+        assert {control.by for control in controls} == {""}
 
 
 # --- a fused model --------------------------------------------------------------------------------------------------

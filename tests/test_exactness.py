@@ -15,8 +15,18 @@ import torch
 from loraconv.verifier.dtypes import expected_dtypes
 from loraconv.verifier.fused.figures import judge
 from loraconv.verifier.fused.rounding import Delta, compare_block, numbers, row_blocks
-from loraconv.verifier.numbers import Held, Outcome, Pair, compare, difference_norm, relative_error, same_bytes
+from loraconv.verifier.numbers import (
+    Held,
+    Outcome,
+    Pair,
+    compare,
+    difference_norm,
+    relative_error,
+    same_bytes,
+    values,
+)
 from loraconv.verifier.proof import Check, Control, Proof
+from loraconv.verifier.reshaped import _MISTAKES as MISTAKES
 from loraconv.verifier.reshaped import ASKED, LEAST, NAMES, NUMBERS, STATED, Claims, Term
 from loraconv.verifier.reshaped import _prove as prove_reshaped
 
@@ -88,6 +98,8 @@ def test_the_error_against_a_delta_of_zero_is_absolute_and_infinities_are_left_t
     assert error == pytest.approx(10.0)
     assert bound == pytest.approx(2.0**-25 * 5 + 2.0**-25 * down)
     assert relative_error(pair([np.inf, 1.0]), pair([np.nan, 1.0]))[0] == 0
+    assert relative_error(pair([np.inf, 3.0]), pair([np.nan, 4.0]))[0] == pytest.approx(1 / 3)
+    assert relative_error(pair(3.0, [np.inf, 3.0]), pair(3.0, [-np.inf, 4.0]))[0] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("near", [1.0, 1e-3, 1e-7, 1e-10, 0.0])
@@ -443,6 +455,49 @@ def test_mistakes_that_only_sums_can_have_say_where_they_change_nothing() -> Non
         ).controls
     }
     assert controls["strengths forgotten"] == Control("strengths forgotten", None, harmless)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "harmless"),
+    [((0.5, 1.5), "strengths forgotten"), ((1, -1), "factors added up, with cross terms"), ((2, 3), ""), ((-2, 1), "")],
+)
+def test_a_mistake_that_cancels_itself_changes_nothing(strengths: tuple[float, float], harmless: str) -> None:
+    """One adapter twice: forgotten, 0.5 and 1.5 are 1 and 1; at 1 and -1 the cross terms are each other's opposite. At
+    -2 and 1 a mistake is as large as the sum."""
+    one = drawn(1)
+    terms = [Term(one, Fraction(strength)) for strength in strengths]
+    sums = {
+        m: Pair(
+            Held(np.concatenate([values(p.down)] * 2), "F32"),
+            Held(np.concatenate([values(p.up) * s for s in strengths], axis=1), "F32"),
+            Fraction(1),
+        )
+        for m, p in one.items()
+    }
+    proof = prove_reshaped(terms, sums, Claims({}), False)
+    names = ("an adapter left out", "strengths forgotten", "factors added up, with cross terms")
+    caught = {control.name: control.caught for control in proof.controls if control.name in names}
+    assert caught == {name: None if name == harmless else True for name in names}
+    assert proof.passed
+
+
+def test_the_mistakes_of_a_merge_are_what_they_are_called() -> None:
+    """What is stored with each, of three adapters with scales and strengths of their own."""
+    pairs = [drawn(seed)[MODULES[0]] for seed in (1, 2, 3)]
+    scales, strengths = (Fraction(1, 2), Fraction(3), Fraction(5, 4)), (Fraction(3, 2), Fraction(1), Fraction(-1, 4))
+    ups, downs = ([values(side) for side in sides] for sides in ([p.up for p in pairs], [p.down for p in pairs]))
+    weights = [float(scale * strength) for scale, strength in zip(scales, strengths, strict=True)]
+    products = [up @ down for up, down in zip(ups, downs, strict=True)]
+    stored = {
+        "an adapter left out": weights[0] * products[0] + weights[1] * products[1],
+        "strengths forgotten": sum(float(s) * p for s, p in zip(scales, products, strict=True)),
+        "factors added up, with cross terms": sum(w * u for w, u in zip(weights, ups, strict=True)) @ sum(downs),
+    }
+    right = sum(w * p for w, p in zip(weights, products, strict=True))
+    parts = list(zip(weights, pairs, strengths, strict=True))
+    for name, mistake in MISTAKES.items():
+        added = sum(up @ down for up, down in mistake(parts))
+        np.testing.assert_allclose(right + added, stored[name], rtol=1e-12, atol=1e-12, err_msg=name)
 
 
 def test_another_list_of_modules_is_no_sum() -> None:

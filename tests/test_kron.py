@@ -62,6 +62,16 @@ def test_products_of_other_grids_are_compared_as_what_they_are() -> None:
     assert compare_module("m", one, dense(Held(WHOLE, "F64"))).error < 1e-15
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_product_that_holds_no_number_is_infinitely_far_from_any_of_another_grid(number: float) -> None:
+    one, other = kron(ONE, OTHER), low_rank(UP, DOWN)
+    up, left = UP.copy(), ONE.copy()
+    up[3, 1] = left[1, 1] = number
+    broken = low_rank(up, DOWN), kron(left, OTHER)
+    for first, second in ((one, broken[0]), (broken[1], other), broken):
+        assert distance(first, second) == distance(second, first) == np.inf
+
+
 def test_a_tiny_difference_is_measured_to_all_its_digits() -> None:
     near = WHOLE.copy()
     near[7, 3] += 1e-9

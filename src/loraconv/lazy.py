@@ -424,7 +424,7 @@ def encode(values: np.ndarray[Any, Any], dtype: str) -> bytes:
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype != "BF16":
             return values.astype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).tobytes()
-        return _bf16_bits(values).tobytes()
+        return _bf16_bits(values.ravel()).tobytes()
 
 
 def _bf16_bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -241,7 +241,7 @@ def transposed(pair: Pair) -> Pair:
     if pair.grid is not None:
         n1, m1, n2, m2 = pair.grid
         up, down = values(pair.up).reshape(n1, m1).T, values(pair.down).reshape(n2, m2).T
-        turned = Held(down.reshape(1, -1), pair.down.dtype), Held(up.reshape(-1, 1), pair.up.dtype)
+        turned = Held(down.ravel()[None], pair.down.dtype), Held(up.ravel()[:, None], pair.up.dtype)
         return Pair(*turned, pair.scale, (m1, n1, m2, n2))
     return Pair(Held(values(pair.up).T, pair.up.dtype), Held(values(pair.down).T, pair.down.dtype), pair.scale)
 
@@ -251,7 +251,7 @@ def rounded_through(pair: Pair, dtype: str) -> bool:
     from loraconv.lazy import decode, encode
 
     for tensor in (pair.up, pair.down):
-        array = values(tensor).reshape(-1)
+        array = values(tensor).ravel()
         if not same_numbers(decode(encode(array, dtype), dtype), array):
             return False
     return True

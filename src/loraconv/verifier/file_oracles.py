@@ -174,9 +174,9 @@ def of_original_names(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
             continue
         assert isinstance(pair.down, TensorRef)
         assert isinstance(pair.up, TensorRef)
-        # alpha belongs to the whole pair: any number will do, for the scale is the pair's own
-        found = _split(pair.down, pair.up, Fraction(1), parts, alpha_of_block=False)
-        made |= {module: Pair(part.down, part.up, pair.scale) for module, part in found}
+        # at scale 1, which the pair's own multiplies
+        found = _split(pair.down, pair.up, Fraction(pair.down.shape[0]), parts, alpha_of_block=False)
+        made |= {module: Pair(part.down, part.up, pair.scale * part.scale) for module, part in found}
     return made
 
 

@@ -22,7 +22,7 @@ from loraconv.verifier.aside import SetAside, check_aside
 from loraconv.verifier.check import as_failure, read_adapter_files
 from loraconv.verifier.controls import adapter_controls
 from loraconv.verifier.delta import Grams, distance, held, sides
-from loraconv.verifier.numbers import Expectation, Held, Pair, compare, difference_norm, values
+from loraconv.verifier.numbers import Expectation, Held, Pair, compare, difference_norm, product_norm, values
 from loraconv.verifier.parallel import in_parallel
 from loraconv.verifier.proof import Check, Control, Proof
 from loraconv.verifier.spectrum import singular_values
@@ -340,12 +340,23 @@ _MISTAKES: dict[str, Callable[[Sequence[_Part]], _Extra]] = {
 def _merge_control(name: str, extra: _Extra, module: str, expected: Pair, stored: Pairs, claims: Claims) -> Control:
     import numpy as np
 
-    if not any(up.any() and down.any() for up, down in extra):
+    if not _moves(extra):
         return Control(name, None, "it changes no number here")
-    up, down = sides(stored[module])
-    spoilt_up = np.concatenate([up, *(more for more, _ in extra)], axis=1)
-    spoilt_down = np.concatenate([down, *(more for _, more in extra)], axis=0)
+    ups, downs = zip(sides(stored[module]), *extra, strict=True)
+    spoilt_up, spoilt_down = np.concatenate(ups, axis=1), np.concatenate(downs, axis=0)
     error = difference_norm(*sides(expected), spoilt_up, spoilt_down)
     grams = Grams.of(expected)
     apart = abs(error - claims.errors.get(module, 0.0) * grams.norm) > _room(grams, held(stored[module]))
     return Control(name, apart, "L2 delta" if apart else "")
+
+
+def _moves(extra: _Extra) -> bool:
+    """False where what a mistake adds is zero, or cancels itself to what float64 leaves."""
+    import numpy as np
+
+    if not extra:
+        return False
+    ups, downs = zip(*extra, strict=True)
+    size = product_norm(np.concatenate(ups, axis=1), np.concatenate(downs, axis=0))
+    sizes = sum(float(np.linalg.norm(up)) * float(np.linalg.norm(down)) for up, down in extra)
+    return size == float("inf") or size > 2.0**-40 * sizes

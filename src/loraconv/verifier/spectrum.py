@@ -42,7 +42,7 @@ def _of_kron(up: Array, down: Array, grid: tuple[int, int, int, int]) -> Array:
     one, other = (
         np.linalg.svd(part.reshape(shape), compute_uv=False) for part, shape in ((up, grid[:2]), (down, grid[2:]))
     )
-    return np.sort(np.outer(one, other).reshape(-1))[::-1]
+    return np.sort(np.outer(one, other).ravel())[::-1]
 
 
 def _resolution(pair: Pair, up: Array, down: Array) -> float:

@@ -67,7 +67,7 @@ def magnitudes_of(spelled: Tensors) -> dict[str, Tensor]:
     shares = here(bare, original=True) if flattened else [[Share(name)] for name in bare]
     made: dict[str, Tensor] = {}
     for ref, parts in zip(spelled.values(), shares, strict=True):
-        if (len(parts) == 1 and parts[0].of == 1) or ref.shape[0] == 1:
+        if ref.shape[0] == 1:
             # Columns have one norm over the rows of all parts, which is that of no part.
             made[" and ".join(share.module for share in parts)] = ref
             continue
@@ -166,7 +166,7 @@ def by_column(magnitudes: Tensor) -> bool:
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
     """Equal numbers, in any shape of one size; in two dtypes, within a rounding to the narrower."""
-    first, second = values(one).reshape(-1), values(other).reshape(-1)
+    first, second = values(one).ravel(), values(other).ravel()
     if first.shape != second.shape or by_column(one) != by_column(other):
         return False
     if one.dtype == other.dtype:

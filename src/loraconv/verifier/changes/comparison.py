@@ -123,7 +123,7 @@ def measure(one: TensorRef, two: TensorRef) -> Figures | None:
     """The figures of two tensors of one size, in row-major order; None for dtypes without numbers to subtract."""
     import numpy as np
 
-    if not {one.dtype, two.dtype} <= {*FLOAT_DTYPES, *_INTEGERS}:
+    if not {*FLOAT_DTYPES, *_INTEGERS}.issuperset((one.dtype, two.dtype)):
         return None
     rounded = [d for d in dict.fromkeys((two.dtype, "BF16", "F16")) if d in FLOAT_DTYPES]
     square = size = greatest = 0.0

@@ -125,7 +125,7 @@ _FATES = {
 def _positions(states: States, left: list[Change]) -> Iterator[Finding]:
     fates: dict[str, list[Change]] = {}
     for change in left:
-        if change.kind in ("missing", "changed", "retyped", "reshaped") and is_table(change.name):
+        if change.kind in ("missing", "changed", "reshaped") and is_table(change.name):
             fates.setdefault(fate_of(change, states.before, states.after), []).append(change)
     for fate, (text, mend) in _FATES.items():
         if fate in fates:
@@ -237,7 +237,6 @@ def _components(states: States, left: list[Change]) -> Iterator[Finding]:
 _REST = {
     "changed": ("changed, {how}:", "look at what wrote the second; for a LoRA run: " + _AGAIN),
     "reshaped": ("have another shape:", "the two are of different models or sizes: loraconv inspect {after}"),
-    "retyped": ("have another dtype:", "save them in the dtype of the first"),
     "renamed": ("hold the same bytes under another name:", "rename them before loading"),
     "missing": ("are not in the second:", "save it again, whole; what loads it takes something else in their place"),
     "new": ("are only in the second:", "loraconv inspect {after} --verbose"),

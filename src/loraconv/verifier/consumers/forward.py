@@ -270,7 +270,7 @@ def _save(lab: _Lab, model: Any) -> None:
     from safetensors import SafetensorError, safe_open
 
     def raw(tensor: Any) -> Any:
-        return tensor.contiguous().reshape(-1).view(torch.uint8)
+        return tensor.contiguous().ravel().view(torch.uint8)
 
     try:
         model.save_pretrained(lab.saved, safe_serialization=True)

@@ -113,7 +113,7 @@ def _scale(tensors: Tensors, factors: _Found) -> Scale:
     alpha, rank = tensors.get(factors.stem + ".alpha"), tensors[factors.down].shape[0]
     if alpha is None:
         return Fraction(1)
-    told = values(alpha).reshape(-1)
+    told = values(alpha).ravel()
     if told.size != 1:
         raise Refused("only one element tensors", f"{factors.stem}.alpha is no single number")
     return Fraction(float(told[0])) / rank if rank else Fraction(0)

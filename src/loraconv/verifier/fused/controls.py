@@ -99,9 +99,9 @@ def _flipped(right: Array) -> Array:
 
     stored = right.copy()
     at = int(np.argmax(np.where(np.isfinite(stored), np.abs(stored), -1.0)))
-    mantissa, exponent = np.frexp(stored.flat[at])
-    step = np.copysign(0.25 if abs(mantissa) < 0.75 else -0.25, mantissa)
-    stored.flat[at] = np.ldexp(mantissa + step, exponent)
+    mantissa, exponent = np.frexp(np.abs(stored.flat[at]))
+    turned = mantissa + (0.25 if mantissa < 0.75 else -0.25)
+    stored.flat[at] = np.copysign(np.ldexp(turned, exponent), stored.flat[at])
     return stored
 
 

@@ -76,7 +76,7 @@ def _retyped(case: Case, names: Sequence[str]) -> Iterator[Finding]:
 
 
 def _homeless(case: Case, modules: Sequence[str]) -> Finding:
-    near = get_close_matches(home_of(modules[0]), case.base, n=1)
+    near = get_close_matches(home_of(modules[0]), case.base)
     hint = f"; the nearest name in the base is {printable(near[0])}" if near else ""
     text = "; ".join(fold_names(modules)[:4])
     return Finding(

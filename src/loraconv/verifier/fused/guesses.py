@@ -101,8 +101,8 @@ class Sample:
 
         exact = arithmetic(guess.base, guess.products, self.dtype)
         sizes = sum((abs(p.factor) * p.sizes for p in guess.products), np.zeros_like(exact))
-        stored, flat = self.stored.reshape(-1), exact.reshape(-1)
-        wrong = judge(stored, flat, np.zeros_like(flat), sizes.reshape(-1), self.dtype).wrong
+        stored, flat = self.stored.ravel(), exact.ravel()
+        wrong = judge(stored, flat, np.zeros_like(flat), sizes.ravel(), self.dtype).wrong
         moved = int(np.count_nonzero(self.stored != guess.base))
         return wrong <= MISROUNDED * exact.size + more and wrong <= MISMOVED * max(moved, wrong) + more
 
@@ -144,7 +144,7 @@ def _cause(guess: Sum, way: Way) -> Cause:
 def _sums(sample: Sample) -> Iterator[Sum]:
     base, own = sample.base, sample.own
     yield Sum("", "", base, own, 1.0)
-    yield Sum("unfused", "", base, [], 0.0)
+    yield Sum("unfused", "", base, [])
     yield from _multiples(sample)
     if len(own) > 1:
         for n in range(len(own)):

@@ -227,7 +227,7 @@ def _compare_compiled(
     least, near = _spacing(stored, dtype)
     count, changed, along, size, rest = _cells.compare(base, stored, product, *room, least, near, reach, unsettled)
     figures = Figures(elements=stored.size, changed=int(changed), along=size + along, size=size, rest=rest)
-    return figures, unsettled.reshape(-1)[:count]
+    return figures, unsettled.ravel()[:count]
 
 
 def _unconfirmed(base: Array, stored: Array, delta: Delta, start: int, dtype: str, doubtful: Array) -> Array:
@@ -264,7 +264,7 @@ def _unsettled(exact: Array, stored: Array, room: Array, dtype: str) -> Array:
 
     integer = np.uint32 if stored.dtype == np.float32 else np.uint64
     reach = _reach(stored, dtype)
-    if reach < 0:  # float64 itself: nothing is settled before the float64 noise is counted in
+    if not reach:  # float64 itself: nothing is settled before the float64 noise is counted in
         return np.ones(stored.shape, dtype=bool)
     first = np.subtract(stored.view(integer), integer(reach))
     low = (exact - room).view(integer)
@@ -276,12 +276,12 @@ def _unsettled(exact: Array, stored: Array, room: Array, dtype: str) -> Array:
 
 
 def _reach(work: Array, dtype: str) -> int:
-    """How many numbers of the dtype worked in, to either side of a stored one, surely round to it; negative where it
-    has no more bits than ``dtype``."""
+    """How many numbers of the dtype worked in, to either side of a stored one, surely round to it; 0 where it has no
+    more bits than ``dtype``."""
     import numpy as np
 
     dropped = int(np.finfo(work.dtype).nmant) - LAYOUT[dtype][0]
-    return (1 << (dropped - 1)) - 2 if dropped else -1
+    return (1 << (dropped - 1)) - 2 if dropped else 0
 
 
 def _spacing(work: Array, dtype: str) -> tuple[float, float]:
@@ -297,12 +297,12 @@ def _judged(base: Array, stored: Array, delta: Delta, start: int, dtype: str, ch
     import numpy as np
 
     rows, columns = np.divmod(chosen, stored.shape[1])
-    added = delta.at(rows + start, columns) if stored.dtype == np.float32 else product.reshape(-1)[chosen]
-    before = base.reshape(-1)[chosen].astype(np.float64)
+    added = delta.at(rows + start, columns) if stored.dtype == np.float32 else product.ravel()[chosen]
+    before = base.ravel()[chosen].astype(np.float64)
     lengths = delta.lengths[rows + start, 0] * delta.widths[0, columns]
     if delta.wholes:
         lengths = lengths + np.linalg.norm(product, axis=1)[rows]
     return replace(
-        judge(stored.reshape(-1)[chosen].astype(np.float64), before, added, lengths * (delta.rank + 8), dtype),
+        judge(stored.ravel()[chosen].astype(np.float64), before, added, lengths * (delta.rank + 8), dtype),
         worst_row=start,
     )

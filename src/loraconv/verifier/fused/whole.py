@@ -59,7 +59,7 @@ class Dora:
 
         size = values(magnitude)
         by_column = size.ndim > 1 and size.shape[0] == 1 < size.size
-        made = cls(base, held(pair), size.reshape(1, -1) if by_column else size.reshape(-1, 1))
+        made = cls(base, held(pair), size.ravel()[None] if by_column else size.ravel()[:, None])
         if not by_column:
             return made
         squares = sum((made.sum(*ends) ** 2).sum(axis=0) for ends in _blocks(made.shape))
