@@ -247,3 +247,32 @@ def test_the_proof_sees_a_wrong_kernel(home: Path, tmp_path: Path, spoil: str) -
     assert not found.same
     wrong = name if spoil.startswith("kernel") else "conv_norm_out.weight"
     assert any(wrong.removesuffix(".weight") in finding.sentence for finding in found.findings)
+
+
+DORA = {
+    "unet": {"lora_unet_input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1"},
+    "text_encoder_2": {"lora_te2_text_model_encoder_layers_0_mlp_fc1": "text_model.encoder.layers.0.mlp.fc1"},
+}
+
+
+@pytest.mark.parametrize("part", DORA)
+def test_a_dora_in_kohya_s_names_is_fused_by_its_definition(home: Path, tmp_path: Path, part: str) -> None:
+    """``m * (W + s B A) / || W + s B A ||``, the norm over all numbers of an output channel, in float64."""
+    before = weights(home / "pipe" / part, part)
+    ((there, here),) = DORA[part].items()
+    weight = before[f"{here}.weight"]
+    out, inside, *kernel = weight.shape
+    torch.manual_seed(8)
+    down, up = torch.randn(RANK, inside, *kernel), torch.randn(out, RANK, *[1 for _ in kernel])
+    magnitude = torch.rand(out, 1, *[1 for _ in kernel]) + 0.5
+    sides = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(ALPHA), "dora_scale": magnitude}
+    file = tmp_path / "dora.safetensors"
+    save_file({f"{there}.{side}": tensor for side, tensor in sides.items()}, file)
+    result = loraconv.fuse(file, base=home / "pipe" / part, out=tmp_path / "out")
+    delta = ALPHA / RANK * (up.double().reshape(out, RANK) @ down.double().reshape(RANK, -1))
+    total = weight.double().reshape(out, -1) + delta
+    want = (magnitude.double().reshape(out, 1) * total / total.norm(dim=1, keepdim=True)).reshape(weight.shape)
+    got = weights(result.out, part)
+    assert torch.equal(got.pop(f"{here}.weight"), want.float())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in got.items())
+    assert loraconv.verify(file, result.out, base=home / "pipe" / part).same

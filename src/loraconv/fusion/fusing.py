@@ -68,7 +68,8 @@ def fuse(
     writes nothing.
 
     Raises :class:`UsageError`, :class:`FormatError` (among them ``base-quantised``, ``base-mismatch``, ``no-home``,
-    ``other-component``, ``rank-contradiction``, ``alpha-unknown``), :class:`CorruptCheckpoint` (damage, NaN, ``overflow``),
+    ``other-component``, ``rank-contradiction``, ``alpha-unknown``), :class:`CorruptCheckpoint` (damage, NaN,
+    ``overflow``),
     :class:`UnsafeCheckpoint`, :class:`ProofFailed` and :class:`WriteFailed`. On all of them ``out`` and ``base`` are
     as they were, except a WriteFailed of the slugs ``durability-unknown`` and ``old-remains``: then the output is in
     place.

@@ -17,6 +17,7 @@ from loraconv.names import FLOAT_DTYPES
 from loraconv.verifier.diagnosis import Finding, finding
 from loraconv.verifier.numbers import HALF_ULP, Tensor, rounded_once, same_numbers, values
 from loraconv.verifier.original_names import Share, here
+from loraconv.verifier.pipeline_names import of_pipeline
 from loraconv.verifier.proof import Check
 
 Tensors = Mapping[str, TensorRef]
@@ -25,6 +26,17 @@ _IN_MEMORY = re.compile(r"(.+\.lora_[AB])\.([^.]+)(\.weight)")
 _MAGNITUDE = re.compile(r"(.+?)\.(?:lora_magnitude_vector(?:\.[^.]+){0,2}|dora_scale)")
 _ORIGINAL = ("lora_unet_", "lora_transformer_", "lycoris_", "diffusion_model.")
 _PREFIXES = ("base_model.model.", "transformer.", *_ORIGINAL)
+#: What the names of SDXL's parts begin with, in any format.
+_OF_SDXL = {
+    "base_model.model.": "unet",
+    "diffusion_model.": "unet",
+    "lora_unet_": "unet",
+    "lycoris_": "unet",
+    "lora_te1_": "text_encoder",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +74,8 @@ def apart(tensors: Tensors) -> tuple[dict[str, TensorRef], dict[str, Tensor]]:
 
 def magnitudes_of(spelled: Tensors) -> dict[str, Tensor]:
     """Module (diffusers name) -> magnitudes, from those by the module's name in the file."""
+    if modules := of_pipeline(list(spelled), _OF_SDXL):
+        return dict(zip(modules, spelled.values(), strict=True))
     bare = [next((name[len(p) :] for p in _PREFIXES if name.startswith(p)), name) for name in spelled]
     flattened = any(name.startswith(_ORIGINAL) for name in spelled)
     shares = here(bare, original=True) if flattened else [[Share(name)] for name in bare]
