@@ -26,6 +26,7 @@ from loraconv.lazy import nbytes
 from loraconv.model_folder import COMPONENTS, Model, in_hub_cache, open_model
 from loraconv.names import DTYPE_WORDS, printable, quoted
 from loraconv.plan_base import parse_size
+from loraconv.products import read_products
 
 Target = Literal["hf-llava"]
 
@@ -91,7 +92,9 @@ def fuse(
     with ExitStack() as opened:
         model = opened.enter_context(open_model(base))
         refuse_projector_only(adapters)
-        used = open_adapters(adapters, opened, alpha=alpha, rank=rank, strict=strict, nearest=nearest, special=True)
+        used = open_adapters(
+            adapters, opened, alpha=alpha, rank=rank, strict=strict, nearest=nearest, special=read_products
+        )
         joined = join(model, used, opened, hf=to is not None, tower=vision_tower, dtype=_dtype(dtype))
         plan, said = _plan(model, used, joined, options)
         notices = tuple(dict.fromkeys([*(notice for one in used for notice in one.notices), *said]))
