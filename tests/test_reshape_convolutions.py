@@ -322,11 +322,12 @@ def test_a_kernel_of_another_shape_does_not_pass_the_proof(
         return right(factor, kernel)
 
     monkeypatch.setattr(summing, "with_kernel", wrong)
+    calls = {
+        "merge": lambda: loraconv.merge(a, b, out=tmp_path / "out", rank=2),
+        "resize": lambda: loraconv.resize(a, out=tmp_path / "out", rank=2),
+    }
     with pytest.raises(ProofFailed) as caught:
-        if command == "merge":
-            loraconv.merge(a, b, out=tmp_path / "out", rank=2)
-        else:
-            loraconv.resize(a, out=tmp_path / "out", rank=2)
+        calls[command]()
     assert "every module, its size and dtype" in str(caught.value.where)
     assert not (tmp_path / "out").exists()
 

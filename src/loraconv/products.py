@@ -120,7 +120,7 @@ def with_kernel(factor: Factor, kernel: tuple[int, ...]) -> Factor:
 
 
 def refuse_kernels_of_linear_layers(source: Source, detected: Detected, specials: Sequence[Special]) -> None:
-    """Raise :class:`FormatError` (``factor-shape``) for factors with a kernel on what is no convolution in the model."""
+    """Raise :class:`FormatError` (``factor-shape``) for factors with a kernel on what is a linear layer."""
     families = (detected.family, *detected.alike)
     kernels = [one for one in specials if one.kernel]
     strange = [one.module for one in kernels if not any(f.may_convolve(t) for f in families for t in one.targets)]
