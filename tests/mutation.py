@@ -40,11 +40,12 @@ SCOPE = ("src/loraconv/rules.py", "src/loraconv/verifier")
 TESTS = (
     "accounting", "algebra", "alpha_and_fused", "bases", "causes", "changes", "consumer_rules", "consumers",
     "controls", "convolutions", "dialects", "difference", "diffusers_oracle", "exactness", "extension", "extract",
-    "extracted", "flux_dialects", "forward", "fuse", "fuse_hf_llava", "fuse_llava", "fuse_sdxl", "fused_causes",
-    "kron", "loadable", "merge", "merging", "namespace_oracles", "namespaces", "naming", "norms", "peft_tuners",
-    "proof", "public_lists", "readings", "registry", "report_html", "reshape_convolutions", "resize", "roundtrip",
-    "rules", "sat2diffusers", "sat_lora", "sdxl", "spectrum", "split", "trained", "unfuse", "variants",
-    "verifier_parts", "verify", "verify_changes", "verify_forward", "verify_fused", "whole_changes", "zero_shards",
+    "extracted", "flux_dialects", "flux_text_encoder", "forward", "fuse", "fuse_hf_llava", "fuse_llava",
+    "fuse_sdxl", "fused_causes", "kron", "loadable", "merge", "merging", "namespace_oracles", "namespaces",
+    "naming", "norms", "peft_tuners", "proof", "public_lists", "readings", "registry", "report_html",
+    "reshape_convolutions", "resize", "roundtrip", "rules", "sat2diffusers", "sat_lora", "sdxl", "spectrum",
+    "split", "trained", "unfuse", "variants", "verifier_parts", "verify", "verify_changes", "verify_forward",
+    "verify_fused", "whole_changes", "zero_shards",
 )  # fmt: skip
 #: Seconds of processor time a mutant may take besides five times that of its tests.
 GRACE = 30

@@ -187,10 +187,9 @@ def test_modules_of_other_parts_are_refused_with_the_command_that_leaves_them_ou
     assert caught.value.slug == "other-component"
     assert f"are of {' and '.join(others)}, and the base is {own}" in caught.value.what
     assert caught.value.hint is not None
-    command, _, more = caught.value.hint.partition(";")
+    command = caught.value.hint.partition(";")[0]
     parsed_hint(command)
     assert f"--modules '{own}.*'" in command
-    assert f"--modules '{others[0]}.*'" in more
     assert not (tmp_path / "out").exists()
 
 

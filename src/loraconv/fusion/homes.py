@@ -34,23 +34,31 @@ def home_of(module: str, model: Model) -> str:
 def refuse_other_parts(model: Model, adapter: object, modules: Sequence[str]) -> None:
     """Raise :class:`FormatError` (``other-component``) where modules are of another part of a pipeline than the base,
     which is not silently left without them. ``adapter`` is the path that the error names."""
-    part = _part(model)
-    apart = {module: step for module in modules if (step := module.partition(".")[0]) in _TOLD_BY and step != part}
-    if not apart:
+    own, parts = _part(model), {module: _named(module) for module in modules}
+    apart = [module for module, part in parts.items() if part != own]
+    if not apart or not any(parts.values()):  # an adapter of a transformer alone has one kind of names
         return
-    parts = sorted(set(apart.values()))
-    hint = f"pass the pipeline's folder {parts[0]}/ as --base"
-    if len(apart) < len(modules):
-        own = f"loraconv fuse {quoted(adapter)} --base {quoted(model.path)} --modules '{part}.*' -o OUT"
-        hint = f"{own}; the others likewise, with --base {parts[0]} --modules '{parts[0]}.*'"
+    others = sorted({parts[module] or "transformer" for module in apart})
+    hint = f"pass the pipeline's folder {others[0]}/ as --base"
+    if len(apart) < len(modules) and own:
+        only = f"loraconv fuse {quoted(adapter)} --base {quoted(model.path)} --modules '{own}.*' -o OUT"
+        hint = f"{only}; the others likewise, each into its own folder"
+    elif len(apart) < len(modules):
+        hint = f"loraconv split {quoted(adapter)} --by component -o PARTS; then fuse each part into its own folder"
     raise FormatError(
-        f"{len(apart)} of the adapter's {len(modules)} modules are of {' and '.join(parts)}, and the base is"
-        f" {part or 'another part of a pipeline'}",
+        f"{len(apart)} of the adapter's {len(modules)} modules are of {' and '.join(others)}, and the base is"
+        f" {own or 'another part of a pipeline'}",
         where="; ".join(fold_names(apart)[:4]),
         why="each part of a pipeline is fused by itself",
         hint=hint,
         slug="other-component",
     )
+
+
+def _named(module: str) -> str:
+    """The part that a module's name begins with; empty for a transformer's modules, whose names begin with none."""
+    step = module.partition(".")[0]
+    return step if step in _TOLD_BY else ""
 
 
 def _part(model: Model) -> str:

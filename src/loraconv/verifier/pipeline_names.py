@@ -45,6 +45,13 @@ def of_pipeline(names: Sequence[str], prefixes: Mapping[str, str]) -> list[str] 
     return [module for module in found if module] if found and all(found) else None
 
 
+def of_text_encoders(names: Sequence[str], prefixes: Mapping[str, str]) -> dict[str, str]:
+    """Those of the names that are modules of a text encoder by their prefix, each with its diffusers module behind the
+    encoder's name; the others are the transformer's."""
+    own = {prefix: component for prefix, component in prefixes.items() if component != "unet"}
+    return {name: module for name in names if (module := _module(name, own))}
+
+
 def _module(name: str, prefixes: Mapping[str, str]) -> str:
     fitting = [prefix for prefix in prefixes if name.startswith(prefix)]
     if not fitting:
