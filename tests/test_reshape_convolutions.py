@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loraconv
+from loraconv import products
 from loraconv.errors import FormatError, ProofFailed
 from loraconv.reshaping import summing
 from tests import test_fuse_sdxl as sdxl
@@ -309,14 +310,13 @@ def test_a_kernel_on_a_linear_layer_is_refused(tmp_path: Path, command: str) -> 
 
 
 @pytest.mark.parametrize("command", ["merge", "resize"])
-@pytest.mark.parametrize("mistake", ["turned", "lost"])
+@pytest.mark.parametrize("kernel", [(3, 1), (1, 1), ()], ids=["turned", "lost", "flat"])
 def test_a_kernel_of_another_shape_does_not_pass_the_proof(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, mistake: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, kernel: tuple[int, ...]
 ) -> None:
     there, (here, _) = next(iter(MODULES.items()))
     a, b = (locon(tmp_path / f"{n}.safetensors", n, 3, 1.0, {there: (here, (12, 8, 1, 3))}) for n in (1, 2))
     right = summing.with_kernel
-    kernel = (3, 1) if mistake == "turned" else (1, 1)
 
     def wrong(factor: Any, _: tuple[int, ...]) -> Any:
         return right(factor, kernel)
@@ -342,7 +342,18 @@ def test_sources_of_different_kernels_do_not_pass_the_proof(tmp_path: Path, monk
     assert f"of another size in another source: {here}" in str(caught.value.where)
 
 
+def test_a_converted_kernel_that_became_a_matrix_does_not_pass_the_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = next(iter(MODULES))
+    a = locon(tmp_path / "a.safetensors", 1, 2, 1.0, {there: MODULES[there]})
+    monkeypatch.setattr(products, "with_kernel", lambda factor, kernel: factor)
+    with pytest.raises(ProofFailed, match="every module, shape and dtype"):
+        loraconv.convert(a, out=tmp_path / "out", to="diffusers")
+
+
 def test_an_approximated_kernel_is_not_called_equal(tmp_path: Path) -> None:
-    a = locon(tmp_path / "a.safetensors", 1, 4, 2.0)
+    there = next(iter(MODULES))
+    a = locon(tmp_path / "a.safetensors", 1, 4, 2.0, {there: MODULES[there]})
     loraconv.resize(a, out=tmp_path / "out", rank=2)
     assert json.loads(header(tmp_path / "out" / KOHYA)["loraconv.proof"])["numbers"] != "equal"
