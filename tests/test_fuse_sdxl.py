@@ -169,6 +169,20 @@ def test_in_place_and_back_restores_unet_and_kernels_bit_for_bit(home: Path, tmp
     assert digests(tmp_path / "back")[UNET] == before[f"unet/{UNET}"]
 
 
+def test_a_copy_of_the_pipeline_gets_every_part_in_place_and_gives_each_back(home: Path, tmp_path: Path) -> None:
+    file, copy = home / "kohya" / FORMATS["kohya"].file, tmp_path / "pipe"
+    shutil.copytree(home / "pipe", copy)
+    before = digests(copy)
+    for part in PIPELINE:
+        loraconv.fuse(file, base=copy / part, modules=[f"{part}.*"], in_place=True)
+    pipe, want = loaded(copy), fused_by_diffusers(home, file)
+    for part in PIPELINE:
+        state = getattr(pipe, part).state_dict()
+        assert [n for n, t in want[part].items() if not torch.equal(t.float(), state[n])] == []
+        loraconv.unfuse(copy / part, out=tmp_path / part)
+        assert digests(tmp_path / part)[WEIGHTS[part]] == before[f"{part}/{WEIGHTS[part]}"]
+
+
 def test_a_whole_pipeline_comes_back_from_its_journal(home: Path, tmp_path: Path) -> None:
     loraconv.fuse(home / "unet.safetensors", base=home / "pipe", out=tmp_path / "out", journal=True)
     loraconv.unfuse(tmp_path / "out", out=tmp_path / "back")

@@ -42,7 +42,7 @@ def refuse_other_parts(model: Model, adapter: object, modules: Sequence[str]) ->
     hint = f"pass the pipeline's folder {others[0]}/ as --base"
     if len(apart) < len(modules) and own:
         only = f"loraconv fuse {quoted(adapter)} --base {quoted(model.path)} --modules '{own}.*' -o OUT"
-        hint = f"{only}; the others likewise, each into its own folder"
+        hint = f"{only}; the others likewise, or all of them in a copy of the pipeline, each folder with --in-place"
     elif len(apart) < len(modules):
         hint = f"loraconv split {quoted(adapter)} --by component -o PARTS; then fuse each part into its own folder"
     raise FormatError(
