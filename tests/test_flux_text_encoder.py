@@ -118,6 +118,29 @@ def test_comfyui_has_the_keys_that_it_asks_for(kohya: Path, tmp_path: Path) -> N
     assert "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight" in keys
 
 
+@pytest.mark.parametrize("target", ["diffusers", "comfyui", "kohya"])
+def test_names_without_the_step_that_transformers_5_leaves_out_are_the_same(
+    kohya: Path, tmp_path: Path, target: str
+) -> None:
+    bare = {name.replace("_te1_text_model_", "_te1_"): tensor for name, tensor in load_file(kohya).items()}
+    assert "lora_te1_encoder_layers_0_mlp_fc1.lora_up.weight" in bare
+    save_file(bare, tmp_path / "bare.safetensors")
+    for name in ("kohya", "bare"):
+        loraconv.convert(tmp_path / f"{name}.safetensors", out=tmp_path / name, to=target)
+    want, got = (load_file(tmp_path / name / FORMATS[target].file) for name in ("kohya", "bare"))
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+def test_a_module_that_is_there_with_the_step_and_without_it_is_refused(kohya: Path, tmp_path: Path) -> None:
+    tensors = load_file(kohya)
+    twice = {n.replace("_text_model_", "_"): t for n, t in tensors.items() if n.startswith("lora_te1_")}
+    save_file({**tensors, **twice}, tmp_path / "twice.safetensors")
+    with pytest.raises(FormatError) as caught:
+        loraconv.convert(tmp_path / "twice.safetensors", out=tmp_path / "out", to="comfyui", alpha=1)
+    assert caught.value.slug == "factor-twice"
+
+
 def test_a_wrong_number_in_the_text_encoder_is_seen(kohya: Path, tmp_path: Path) -> None:
     other = load_file(kohya)
     other["lora_te1_text_model_encoder_layers_1_mlp_fc2.lora_up.weight"][0, 0] += 1
@@ -138,7 +161,7 @@ def test_the_list_is_that_of_the_real_text_encoder() -> None:
 def test_the_proof_names_every_module_of_the_text_encoder_itself() -> None:
     modules = [fill(template, {"i": "11"}) for template in FLUX.beside]
     flat = {f"te_{module.removeprefix('text_encoder.').replace('.', '_')}": module for module in modules}
-    names = [*flat, "unet_double_blocks_0_img_attn_qkv", "te_double_blocks_0_img_attn_qkv"]
+    names = [*flat, "unet_conv_in", "unet_double_blocks_0_img_attn_qkv", "te_double_blocks_0_img_attn_qkv"]
     assert of_text_encoders(names, {"te_": "text_encoder", "unet_": "unet"}) == flat
 
 

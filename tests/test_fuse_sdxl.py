@@ -134,6 +134,33 @@ def test_of_a_pipeline_with_a_unet_that_alone_is_written_anew(home: Path, tmp_pa
     assert all(torch.equal(unet[name], tensor) for name, tensor in weights(alone, "unet").items())
 
 
+def test_the_file_that_diffusers_itself_saves_is_fused_as_it_was_live(home: Path, tmp_path: Path) -> None:
+    """With transformers 5 the keys of the first text encoder lack the step ``text_model``; the header has the scale."""
+    from diffusers import StableDiffusionXLPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    pipe, saved = loaded(home / "pipe"), {}
+    for part in PIPELINE:
+        model = getattr(pipe, part)
+        own = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+        config = LoraConfig(r=RANK, lora_alpha=4 * RANK, target_modules=own, init_lora_weights=False)
+        model.add_adapter(config)
+        saved[f"{part}_lora_layers"] = get_peft_model_state_dict(model)
+        saved[f"{part}_lora_adapter_metadata"] = config.to_dict()
+    StableDiffusionXLPipeline.save_lora_weights(tmp_path, **saved)
+    file = tmp_path / FORMATS["diffusers"].file
+    for part in PIPELINE:
+        base, own = home / "pipe" / part, [f"{part}.*"]
+        out = loraconv.fuse(file, base=base, out=tmp_path / part, modules=own).out
+        got, live = weights(out, part), getattr(pipe, part)
+        for name, layer in live.named_modules():
+            if hasattr(layer, "lora_A"):
+                delta = layer.double().get_delta_weight("default")
+                want = layer.get_base_layer().weight + delta
+                assert torch.equal(got[f"{name}.weight"], want.float()), name
+        assert loraconv.verify(file, out, base=base, modules=own).same
+
+
 def test_a_unet_may_be_one_file_without_settings(home: Path, tmp_path: Path) -> None:
     shutil.copy(home / "pipe" / "unet" / UNET, tmp_path / "any.safetensors")
     loraconv.fuse(home / "unet.safetensors", base=tmp_path / "any.safetensors", out=tmp_path / "out")

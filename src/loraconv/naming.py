@@ -88,7 +88,11 @@ class Naming:
         for component, prefix in self.prefixes.items():
             if written.startswith(prefix):
                 words = _theres(self.family.name, self._spelling, self.dialect.separator, component)
-                found = words.find(written[len(prefix) :])
+                name = written[len(prefix) :]
+                found = words.find(name)
+                if found is None and component.startswith("text_encoder"):
+                    # transformers 5 builds a CLIPTextModel without this step, and trainers write what they see.
+                    found = words.find(f"text_model{self.dialect.separator}{name}")
                 if found is not None:
                     return found[0], found[2]
         return None
