@@ -134,7 +134,7 @@ def test_names_without_the_step_that_transformers_5_leaves_out_are_the_same(
 
 def test_a_module_that_is_there_with_the_step_and_without_it_is_refused(kohya: Path, tmp_path: Path) -> None:
     tensors = load_file(kohya)
-    twice = {n.replace("_text_model_", "_"): t for n, t in tensors.items() if n.startswith("lora_te1_")}
+    twice = {n.replace("_text_model_", "_"): t.clone() for n, t in tensors.items() if n.startswith("lora_te1_")}
     save_file({**tensors, **twice}, tmp_path / "twice.safetensors")
     with pytest.raises(FormatError) as caught:
         loraconv.convert(tmp_path / "twice.safetensors", out=tmp_path / "out", to="comfyui", alpha=1)
