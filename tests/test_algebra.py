@@ -120,7 +120,7 @@ def test_a_module_of_two_kinds_is_refused(tmp_path: Path) -> None:
     assert caught.value.slug == "not-plain-lora"
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"lora"}))
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"lora", "locon"}))
 @pytest.mark.parametrize("command", ["resize", "merge", "split"])
 def test_commands_for_plain_lora_refuse_it_by_name(kind: str, command: str, tmp_path: Path) -> None:
     saved(kind, tmp_path / "in")

@@ -110,6 +110,18 @@ XLABS = Spelling(
     ),
 )
 
+#: Facts: huggingface/transformers ``models/clip/modeling_clip.py``. Of the two text encoders the first, CLIP-L.
+_CLIP = (
+    "text_encoder.text_model.embeddings.token_embedding",
+    "text_encoder.text_model.embeddings.position_embedding",
+    "text_encoder.text_model.encoder.layers.{i}.self_attn.q_proj",
+    "text_encoder.text_model.encoder.layers.{i}.self_attn.k_proj",
+    "text_encoder.text_model.encoder.layers.{i}.self_attn.v_proj",
+    "text_encoder.text_model.encoder.layers.{i}.self_attn.out_proj",
+    "text_encoder.text_model.encoder.layers.{i}.mlp.fc1",
+    "text_encoder.text_model.encoder.layers.{i}.mlp.fc2",
+)
+
 FLUX = Family(
     name="flux",
     title="FLUX.1",
@@ -118,5 +130,6 @@ FLUX = Family(
     modules=ORIGINAL.heres,
     norms=ORIGINAL.norm_heres,
     replaces_norms=True,
+    beside=_CLIP,
     spellings={"original": ORIGINAL, "xlabs": XLABS, "bfl-control": ORIGINAL},
 )

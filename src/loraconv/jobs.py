@@ -23,7 +23,7 @@ from loraconv.names import DTYPE_WORDS, fold_names, printable, quoted
 from loraconv.notices import left_behind, nearest_notices
 from loraconv.plan import Plan, ScaleIn, folds, plan_adapter
 from loraconv.plan_base import plan_base
-from loraconv.products import read_kernels
+from loraconv.products import read_kernels, refuse_kernels_of_linear_layers
 from loraconv.registry import dialect
 from loraconv.renaming import plan_dora, plan_renamed
 from loraconv.rules import Dialect
@@ -150,7 +150,7 @@ def _special_job(
             hint="without --approximate; for a smaller rank: loraconv resize ADAPTER -o OUT --rank R",
         )
     refuse_rest(source, detected)
-    _refuse_kernels_of_linear_layers(source, detected, specials)
+    refuse_kernels_of_linear_layers(source, detected, specials)
     notices = _nonfinite_notices(source, check_tensors(t for one in specials for t in one.floats).nonfinite, options)
     kernels = any(one.kernel for one in specials) and not target.convolutions
     if how is not None and kernels:
@@ -184,20 +184,6 @@ def _special_job(
         raise _cannot_carry(source, specials, target)
     dora = plan_dora(source, detected, specials, target, alpha=alpha, strict=options.strict, scale_in=options.scale_in)
     return Job(dora, "", {"alpha": alpha}), notices
-
-
-def _refuse_kernels_of_linear_layers(source: Source, detected: Detected, specials: Sequence[Special]) -> None:
-    families = (detected.family, *detected.alike)
-    kernels = [one for one in specials if one.kernel]
-    strange = [one.module for one in kernels if not any(f.may_convolve(t) for f in families for t in one.targets)]
-    if strange:
-        raise FormatError(
-            f"{len(strange)} modules have factors of convolutions",
-            where="; ".join(fold_names(strange)[:4]),
-            why=f"they are linear layers in {detected.family.title}: the file belongs to another model, or is damaged",
-            hint=f"loraconv inspect {quoted(source.path)}",
-            slug="factor-shape",
-        )
 
 
 def _cannot_carry(source: Source, specials: Sequence[Special], target: Dialect) -> FormatError:

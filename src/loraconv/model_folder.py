@@ -27,8 +27,10 @@ from loraconv.lazy import TensorRef
 from loraconv.names import fold_names, printable, quoted
 from loraconv.quantised import refuse_quantised
 
-#: The names of a pipeline's list of parts, of the folder of the part that is fused, and of a model's settings.
-PIPELINE, COMPONENT, CONFIG = "model_index.json", "transformer", "config.json"
+#: The names of a pipeline's list of parts, and of a model's settings.
+PIPELINE, CONFIG = "model_index.json", "config.json"
+#: The part of a pipeline that is meant where its whole folder is given: the first of these that it has.
+COMPONENTS = ("transformer", "unet")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -38,7 +40,8 @@ class Model:
     """An opened base model.
 
     ``path`` is as the user gave it; ``folder`` holds the weights (the parent of a single file); ``pipeline`` is the
-    pipeline's folder around it, or None. ``files`` are the opened files by plain name in the order of the index,
+    pipeline's folder around it, or None, and ``place`` what stands before the names of the model's files there (empty
+    where there is none). ``files`` are the opened files by plain name in the order of the index,
     ``tensors`` all tensors (each reference's file is one of them), ``metadata`` each file's header. ``config`` is None
     where there is no config.json, ``index`` (a file name) where there is no index.
     """
@@ -59,6 +62,10 @@ class Model:
         return self.path.name if self.folder == self.path.parent and self.path.name in self.files else None
 
     @property
+    def place(self) -> str:
+        return f"{self.folder.name}/" if self.pipeline else ""
+
+    @property
     def bytes(self) -> int:
         """The size of the files that hold the weights."""
         return sum(file.size for file in self.files.values())
@@ -73,9 +80,9 @@ class Model:
 def open_model(path: str | Path) -> Iterator[Model]:
     """Open a base model; its files are closed at the end of the block.
 
-    ``path`` is a diffusers transformer folder, a pipeline's folder (its ``transformer/`` is meant), a folder of
-    transformers (safetensors, or ``pytorch_model*.bin``), one file of these, or the id of a Hub repository in the
-    local cache (the network is never asked).
+    ``path`` is the folder of a transformer or UNet of diffusers, a pipeline's folder (its ``transformer/`` or ``unet/``
+    is meant), a folder of transformers (safetensors, or ``pytorch_model*.bin``), one file of these, or the id of a Hub
+    repository in the local cache (the network is never asked).
 
     Raises :class:`UsageError` (not there, unreadable, several models), :class:`FormatError` (no weights, quantised),
     :class:`CorruptCheckpoint` (damaged, shards missing or contradicting the index) and :class:`UnsafeCheckpoint` (names
@@ -88,7 +95,7 @@ def open_model(path: str | Path) -> Iterator[Model]:
             yield _open(Path(path), place.parent, None, {place.name: place}, None, layout, stack)
             return
         pipeline = place if (place / PIPELINE).is_file() else None
-        folder = place / COMPONENT if pipeline or _is_part_of_pipeline(place) else place
+        folder = part_of(place) if pipeline or _is_part_of_pipeline(place) else place
         if pipeline:
             _refuse_no_component(folder)
         layout, index, listed = _weights(folder)
@@ -127,22 +134,27 @@ def _cached(repository: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     with suppress(ValueError):  # not an id that the Hub would give
-        for name in (PIPELINE, f"{COMPONENT}/{CONFIG}", CONFIG):
+        for name in (PIPELINE, *(f"{part}/{CONFIG}" for part in COMPONENTS), CONFIG):
             found = try_to_load_from_cache(repository, name)
             if isinstance(found, str):
                 return Path(found.removesuffix(name))
     return None
 
 
+def part_of(pipeline: Path) -> Path:
+    """The folder of the part of a pipeline that is meant."""
+    return next((pipeline / part for part in COMPONENTS if os.path.lexists(pipeline / part)), pipeline / COMPONENTS[0])
+
+
 def _is_part_of_pipeline(folder: Path) -> bool:
-    """A pipeline of which only the transformer was fetched has no list of its parts."""
-    return not (folder / CONFIG).exists() and (folder / COMPONENT / CONFIG).is_file()
+    """A pipeline of which only one part was fetched has no list of its parts."""
+    return not (folder / CONFIG).exists() and (part_of(folder) / CONFIG).is_file()
 
 
 def _refuse_no_component(folder: Path) -> None:
     if not folder.is_dir():
         raise FormatError(
-            f"the pipeline has no {COMPONENT}/: {printable(str(folder.parent), 1000)}",
+            f"the pipeline has no {'/ and no '.join(COMPONENTS)}/: {printable(str(folder.parent), 1000)}",
             why=f"its {PIPELINE} names other parts, or the download is not complete",
             hint=f"ls {quoted(folder.parent)}",
             slug="no-weights",

@@ -88,7 +88,11 @@ class Naming:
         for component, prefix in self.prefixes.items():
             if written.startswith(prefix):
                 words = _theres(self.family.name, self._spelling, self.dialect.separator, component)
-                found = words.find(written[len(prefix) :])
+                name = written[len(prefix) :]
+                found = words.find(name)
+                if found is None and component.startswith("text_encoder"):
+                    # transformers 5 builds a CLIPTextModel without this step, and trainers write what they see.
+                    found = words.find(f"text_model{self.dialect.separator}{name}")
                 if found is not None:
                     return found[0], found[2]
         return None
@@ -100,9 +104,7 @@ class Naming:
         if found is None:
             return None
         rule, part, fields = found
-        there, component = fill(rule.there, fields), self.family.component
-        if not component and "" not in self.prefixes:
-            component, _, there = there.partition(".")
+        component, there = in_component(self.family, fill(rule.there, fields))
         if component not in self.prefixes:
             return None
         return self.prefixes[component] + there.replace(".", self.dialect.separator), rule, part
@@ -117,9 +119,9 @@ class Naming:
 
 def components(family: Family) -> tuple[str, ...]:
     """The pipeline components that a family's adapters belong to; none for a model of another kind. Where there are
-    several, module names begin with theirs."""
+    several, module names begin with theirs, but for those of the family's own ``component``."""
     if family.component:
-        return (family.component,)
+        return (family.component, *dict.fromkeys(name.partition(".")[0] for name in family.beside))
     first = dict.fromkeys(rule.targets[0].partition(".")[0] for rule in _rules(family, ""))
     return tuple(step for step in first if step in _PIPELINE)
 
@@ -127,9 +129,10 @@ def components(family: Family) -> tuple[str, ...]:
 def in_component(family: Family, module: str) -> tuple[str, str]:
     """The component that a module (diffusers name) belongs to, and its name there; no component for a model of another
     kind."""
-    if family.component or not components(family):
-        return family.component, module
     component, _, name = module.partition(".")
+    known = components(family)
+    if not known or (family.component and component not in known[1:]):
+        return family.component, module
     return component, name
 
 
@@ -163,20 +166,18 @@ def _own_names(family: str) -> tuple[Rule, ...]:
 
 
 def _rules(family: Family, spelling: str) -> tuple[Rule, ...]:
+    beside = (Rename(name, name) for name in family.beside)
     if not spelling:
-        return _own_names(family.name)
-    return (*family.spellings[spelling].rules, *family.spellings[spelling].norms)
+        return (*_own_names(family.name), *beside)
+    return (*family.spellings[spelling].rules, *family.spellings[spelling].norms, *beside)
 
 
 @cache
 def _theres(family: str, spelling: str, separator: str, component: str) -> Vocabulary:
     model = _family(family)
-    rules: Iterable[Rule] = _rules(model, spelling)
-    if model.component or not component:
-        return Vocabulary(((rule.there, (rule, 0)) for rule in rules), separator)
-    begin = f"{component}."
-    own = (rule for rule in rules if rule.targets[0].startswith(begin))
-    return Vocabulary(((rule.there.removeprefix(begin), (rule, 0)) for rule in own), separator)
+    placed = ((in_component(model, rule.targets[0])[0], rule) for rule in _rules(model, spelling))
+    own = (rule for part, rule in placed if part == component)
+    return Vocabulary(((in_component(model, rule.there)[1], (rule, 0)) for rule in own), separator)
 
 
 @cache

@@ -165,7 +165,7 @@ def _check_pair(source: Source, module: str, down: TensorRef, up: TensorRef) -> 
             f"the adapter holds a LoRA on a convolution: {printable(module)}",
             where=printable(str(source.path)),
             why=f"down is {list(down.shape)}, up is {list(up.shape)}; this command is for linear layers",
-            hint="loraconv convert and loraconv fuse take it; or leave such modules out first: --drop 'NAME*'",
+            hint="loraconv convert, fuse, merge, resize and split take it; or leave such modules out: --drop 'NAME*'",
             slug="not-plain-lora",
         )
     flat = len(down.shape) == 2 and len(up.shape) == 2

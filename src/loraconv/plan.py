@@ -17,7 +17,20 @@ from loraconv.adapter import Adapter, Factor
 from loraconv.detect import FAMILY_KEY
 from loraconv.errors import FormatError
 from loraconv.fold import cast, fits, folded, refuse_ruin
-from loraconv.lazy import Averaged, InMemory, Joined, Lazy, Number, Padded, Rows, Scaled, TensorRef, nbytes, read
+from loraconv.lazy import (
+    Averaged,
+    InMemory,
+    Joined,
+    Lazy,
+    Number,
+    Padded,
+    Rows,
+    Scaled,
+    TensorRef,
+    Viewed,
+    nbytes,
+    read,
+)
 from loraconv.naming import in_component
 from loraconv.rules import Dialect, Family, fill, match
 from loraconv.scale import ORIGIN_KEY, Origin, Place, Scale
@@ -247,7 +260,7 @@ def exact_recipe(tensor: Lazy) -> bool:
         return exact_recipe(tensor.source) and tensor.exact
     if isinstance(tensor, Joined):
         return all(map(exact_recipe, tensor.parts))
-    if isinstance(tensor, Rows | Padded):
+    if isinstance(tensor, Rows | Padded | Viewed):
         return exact_recipe(tensor.source)
     return not isinstance(tensor, Averaged | InMemory)
 

@@ -14,7 +14,7 @@ from loraconv.deltas import Delta, size_of
 from loraconv.detect import Detected
 from loraconv.errors import FormatError
 from loraconv.lazy import InMemory, TensorRef, Viewed, Zeros, encode, read
-from loraconv.names import fold_names
+from loraconv.names import fold_names, quoted
 from loraconv.scale import ALPHA_TENSORS, Scale, alpha_in
 from loraconv.source import Source
 
@@ -126,6 +126,21 @@ def with_kernel(factor: Factor, kernel: tuple[int, ...]) -> Factor:
     (rank, columns), rows = factor.down.shape, factor.up.shape[0]
     down = Viewed(factor.down, (rank, columns // prod(kernel), *kernel))
     return replace(factor, down=down, up=Viewed(factor.up, (rows, rank, *(1 for _ in kernel))))
+
+
+def refuse_kernels_of_linear_layers(source: Source, detected: Detected, specials: Sequence[Special]) -> None:
+    """Raise :class:`FormatError` (``factor-shape``) for factors with a kernel on what is a linear layer."""
+    families = (detected.family, *detected.alike)
+    kernels = [one for one in specials if one.kernel]
+    strange = [one.module for one in kernels if not any(f.may_convolve(t) for f in families for t in one.targets)]
+    if strange:
+        raise FormatError(
+            f"{len(strange)} modules have factors of convolutions",
+            where="; ".join(fold_names(strange)[:4]),
+            why=f"they are linear layers in {detected.family.title}: the file belongs to another model, or is damaged",
+            hint=f"loraconv inspect {quoted(source.path)}",
+            slug="factor-shape",
+        )
 
 
 def _as_matrix(ref: TensorRef) -> TensorRef:

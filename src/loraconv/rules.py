@@ -461,10 +461,11 @@ class Family:
     ``component`` is the pipeline part that adapters belong to (the prefix in diffusers files); where it is empty,
     module names begin with theirs. ``modules`` are templates of the modules (diffusers names) that an adapter can be
     put on, ``convolutions`` the ends of the names of those that are a convolution in some release, ``norms`` templates
-    of its norm layers that have a weight (of image and video models), ``spellings`` their other names: ``sat``, or
-    ``original`` for those of the model's own repository. ``replaces_norms`` is true where an adapter may hold whole
-    weights of ``norms``, which take the place of the base's. ``settings`` and ``releases`` (from the most to the least
-    specific) are there where a whole model can be converted.
+    of its norm layers that have a weight (of image and video models). ``replaces_norms`` is true where an adapter may
+    hold whole weights of ``norms``, which take the place of the base's. ``beside`` are templates of modules of other
+    pipeline parts, each behind its part's name: text encoders, which every tool names as transformers does.
+    ``spellings`` are the other names of ``modules``: ``sat``, or ``original`` for those of the model's own repository.
+    ``settings`` and ``releases`` (from the most to the least specific) are there where a whole model can be converted.
     """
 
     name: str
@@ -475,6 +476,7 @@ class Family:
     convolutions: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
     replaces_norms: bool = False
+    beside: tuple[str, ...] = ()
     spellings: Mapping[str, Spelling] = field(default_factory=dict)
     settings: tuple[Setting, ...] = ()
     releases: tuple[Release, ...] = ()
@@ -483,7 +485,7 @@ class Family:
 
     def __post_init__(self) -> None:
         listed: dict[str, list[str]] = {}
-        for template in self.modules:
+        for template in (*self.modules, *self.beside):
             listed.setdefault(_shape(template), []).append(template)
         object.__setattr__(self, "_listed", listed)
 

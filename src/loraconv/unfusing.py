@@ -31,7 +31,7 @@ from loraconv.io.sidecar import parse_json, read_text
 from loraconv.io.target import JOURNAL, MANIFEST, MANIFEST_LIMIT
 from loraconv.journal.read import BaseFile, Journal, damaged, read_journal, restored
 from loraconv.lazy import PIECE_BYTES, TensorRef, nbytes
-from loraconv.model_folder import COMPONENT, Model, open_model
+from loraconv.model_folder import Model, open_model
 from loraconv.names import fold_names, printable, quoted
 from loraconv.ordered import in_order, workers
 
@@ -146,7 +146,7 @@ def _kind(folder: Path) -> Any:
 
 def _kept(model: Model, made: Collection[str]) -> Iterator[UnfusedFile]:
     """Everything in the model's folder, or in the pipeline around it, that is neither fused nor in the journal."""
-    root, place = _root(model), _place(model)
+    root, place = _root(model), model.place
     ours = {*model.files, MANIFEST, JOURNAL, *([model.index] if model.index else [])}
     for path in [] if model.single else sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
@@ -226,16 +226,11 @@ def _changed(model: Model, names: Sequence[str], count: int) -> CorruptCheckpoin
     )
 
 
-def _place(model: Model) -> str:
-    """What stands before the names of the model's files in the output."""
-    return f"{COMPONENT}/" if model.pipeline else ""
-
-
 def _files(model: Model, journal: Journal) -> tuple[UnfusedFile, ...]:
     """The files that come out of the journal."""
     weights = [(file.name, file.bytes, file.sha256) for file in journal.files]
     texts = [(text.name, text.content.size, text.sha256) for text in journal.texts]
-    return tuple(UnfusedFile(_place(model) + name, size, sha256) for name, size, sha256 in (*weights, *texts))
+    return tuple(UnfusedFile(model.place + name, size, sha256) for name, size, sha256 in (*weights, *texts))
 
 
 def _restore(folder: OutputFolder, model: Model, journal: Journal, pool: ThreadPoolExecutor) -> None:
@@ -246,7 +241,7 @@ def _restore(folder: OutputFolder, model: Model, journal: Journal, pool: ThreadP
         size = file.header.size + sum(nbytes(model.tensors[name]) for name in file.tensors)
         if size != file.bytes:
             raise damaged(journal.file, f"{printable(file.name)} would have {size} bytes, not {file.bytes}")
-        with ThreadPoolExecutor(1) as beside, folder.file(_place(model) + file.name, hashed=False) as out:
+        with ThreadPoolExecutor(1) as beside, folder.file(model.place + file.name, hashed=False) as out:
             out.reserve(file.bytes)
             try:
                 digest = beside.submit(_digest, out)
@@ -260,7 +255,7 @@ def _restore(folder: OutputFolder, model: Model, journal: Journal, pool: ThreadP
         raw = journal.read(text.content, MANIFEST_LIMIT)
         if hashlib.sha256(raw).hexdigest() != text.sha256:
             raise damaged(journal.file, f"{printable(text.name)} does not come out as it was (SHA-256)")
-        _write(folder, _place(model) + text.name, raw)
+        _write(folder, model.place + text.name, raw)
 
 
 def _write_weights(out: OutputFile, model: Model, journal: Journal, file: BaseFile, pieces: Iterator[bytes]) -> None:

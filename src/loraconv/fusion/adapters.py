@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Protocol
 
 from loraconv.adapter import Adapter, read_adapter
-from loraconv.algebra import specials_in
+from loraconv.algebra import Special, specials_in
 from loraconv.deltas import Delta
 from loraconv.detect import Detected, detect
 from loraconv.errors import FormatError, UsageError
 from loraconv.health import Health, check_adapter, check_copies, check_tensors, nonfinite_error
 from loraconv.names import fold_names, printable
 from loraconv.notices import left_behind, nearest_notices, unknown_notices
-from loraconv.products import read_products
 from loraconv.scale import Scale, given_alpha
 from loraconv.source import Source, open_source
 
@@ -55,6 +55,14 @@ class Used:
         return dict(sorted({s: found.count(s) for s in found}.items(), key=lambda item: -item[1]))
 
 
+class Reader(Protocol):
+    """Reads an adapter of which some modules are more than a pair of factors of a linear layer."""
+
+    def __call__(
+        self, source: Source, detected: Detected, specials: Sequence[Special], *, alpha: Fraction | None, strict: bool
+    ) -> Adapter: ...
+
+
 def open_adapters(
     given: Iterable[str | Path],
     stack: ExitStack,
@@ -63,9 +71,9 @@ def open_adapters(
     rank: int | None,
     strict: bool,
     nearest: bool,
-    special: bool = False,
+    special: Reader,
 ) -> tuple[Used, ...]:
-    """Open and read every adapter; ``stack`` closes them. With ``special`` it may be more than a plain LoRA.
+    """Open and read every adapter; ``stack`` closes them. ``special`` reads one that is more than a plain LoRA.
 
     Raises :class:`UsageError` (none, a senseless strength, ``alpha`` or ``rank`` of several), what :func:`read_adapter`
     raises, :class:`FormatError` (``rank-contradiction``, ``adapter-zero``) and :class:`CorruptCheckpoint` (NaN, Inf).
@@ -115,13 +123,13 @@ def _open(
     rank: int | None,
     strict: bool,
     near: bool,
-    special: bool,
+    special: Reader,
 ) -> Used:
     source = stack.enter_context(open_source(path))
     detected = detect(source)
-    specials = specials_in(source, detected) if special else []
+    specials = specials_in(source, detected)
     if specials:
-        adapter = read_products(source, detected, specials, alpha=alpha, strict=strict)
+        adapter = special(source, detected, specials, alpha=alpha, strict=strict)
     else:
         adapter = read_adapter(source, detected, alpha=alpha, strict=strict, nearest=near)
     _check_rank(source, adapter, rank)

@@ -23,9 +23,10 @@ from loraconv.fusion.shards import Shard, plan_shards
 from loraconv.io.atomic import clear_remains
 from loraconv.io.target import JOURNAL
 from loraconv.lazy import nbytes
-from loraconv.model_folder import COMPONENT, Model, in_hub_cache, open_model
+from loraconv.model_folder import COMPONENTS, Model, in_hub_cache, open_model
 from loraconv.names import DTYPE_WORDS, printable, quoted
 from loraconv.plan_base import parse_size
+from loraconv.products import read_products
 
 Target = Literal["hf-llava"]
 
@@ -54,9 +55,10 @@ def fuse(
 
     Each weight becomes ``round(base + sum(strength * scale * up @ down))``, the exact sum rounded once; all other
     tensors keep their bytes. An adapter is anything that loraconv reads, ``PATH@0.8`` gives it a strength. ``base`` is
-    a transformer folder, a pipeline's folder, a language model's folder, a safetensors file or the id of a Hub
-    repository in the local cache. Of a LLaVA run, what was trained whole (the projector) goes in as well; ``to``
-    (``hf-llava``) makes a ``LlavaForConditionalGeneration`` of it, with the CLIP model in the folder ``vision_tower``.
+    the folder of a transformer, a UNet or a text encoder, a pipeline's folder (its ``transformer/`` or ``unet/`` is
+    meant), a language model's folder, a safetensors file or the id of a Hub repository in the local cache. Of a LLaVA
+    run, what was trained whole (the projector) goes in as well; ``to`` (``hf-llava``) makes a
+    ``LlavaForConditionalGeneration`` of it, with the CLIP model in the folder ``vision_tower``.
 
     ``alpha`` overrides what the files say, ``rank`` must be that of the tensors; ``modules`` are patterns such as
     ``transformer_blocks.{0-9}.*``; ``dtype`` (``fp32``, ``fp16``, ``bf16``) is for every floating tensor;
@@ -67,7 +69,8 @@ def fuse(
     writes nothing.
 
     Raises :class:`UsageError`, :class:`FormatError` (among them ``base-quantised``, ``base-mismatch``, ``no-home``,
-    ``rank-contradiction``, ``alpha-unknown``), :class:`CorruptCheckpoint` (damage, NaN, ``overflow``),
+    ``other-component``, ``rank-contradiction``, ``alpha-unknown``), :class:`CorruptCheckpoint` (damage, NaN,
+    ``overflow``),
     :class:`UnsafeCheckpoint`, :class:`ProofFailed` and :class:`WriteFailed`. On all of them ``out`` and ``base`` are
     as they were, except a WriteFailed of the slugs ``durability-unknown`` and ``old-remains``: then the output is in
     place.
@@ -84,12 +87,14 @@ def fuse(
     if in_place == (out is not None):
         raise UsageError("either an output folder or --in-place", hint="loraconv fuse ADAPTER --base MODEL -o OUT")
     if in_place and not dry_run:
-        for place in (Path(base), Path(base) / COMPONENT):  # of an earlier run that was killed
+        for place in (Path(base), *(Path(base) / part for part in COMPONENTS)):  # of an earlier run that was killed
             clear_remains(place)
     with ExitStack() as opened:
         model = opened.enter_context(open_model(base))
         refuse_projector_only(adapters)
-        used = open_adapters(adapters, opened, alpha=alpha, rank=rank, strict=strict, nearest=nearest, special=True)
+        used = open_adapters(
+            adapters, opened, alpha=alpha, rank=rank, strict=strict, nearest=nearest, special=read_products
+        )
         joined = join(model, used, opened, hf=to is not None, tower=vision_tower, dtype=_dtype(dtype))
         plan, said = _plan(model, used, joined, options)
         notices = tuple(dict.fromkeys([*(notice for one in used for notice in one.notices), *said]))
@@ -121,7 +126,7 @@ def _plan(model: Model, used: tuple[Used, ...], joined: Joined, options: dict[st
         terms=terms,
         only=modules if options["modules"] else None,
         dtype=joined.dtype,
-        place=f"{COMPONENT}/" if entire and model.pipeline else "",
+        place=model.place if entire else "",
         shards=[replace(shard, metadata=_header(shard, joined.whole, used, options["prove"])) for shard in shards],
         texts={**index, **settings},
         kept=_with_own(kept, settings, joined.kept),

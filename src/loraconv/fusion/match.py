@@ -11,6 +11,7 @@ from loraconv.adapter import Factor, natural
 from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError, UsageError
 from loraconv.fusion.adapters import Used
 from loraconv.fusion.dora import refuse_beside_dora, term_of
+from loraconv.fusion.homes import home_of, refuse_other_parts
 from loraconv.fusion.merging import DTYPES, Term, as_matrix
 from loraconv.io.sidecar import parse_json
 from loraconv.lazy import TensorRef
@@ -27,30 +28,27 @@ _LOOKED_AT = 5000
 def terms_of(model: Model, used: Sequence[Used], patterns: Sequence[str]) -> tuple[list[str], dict[str, list[Term]]]:
     """``(chosen modules, tensor -> its terms)``, both in natural order.
 
-    Raises :class:`UsageError` (a pattern that fits nothing) and :class:`FormatError` (``base-mismatch``, ``no-home``,
-    ``dtype-unsupported``).
+    Raises :class:`UsageError` (a pattern that fits nothing) and :class:`FormatError` (``other-component``,
+    ``base-mismatch``, ``no-home``, ``dtype-unsupported``).
     """
     factors = [(one, factor) for one in used for factor in one.adapter.factors]
     modules = sorted({factor.module for _, factor in factors}, key=natural)
     chosen = choose(modules, patterns) if patterns else modules
-    homes = {module: model.tensors.get(home_of(module)) for module in chosen}
+    refuse_other_parts(model, used[0].path, chosen)
+    names = {module: home_of(module, model) for module in chosen}
+    homes = {module: model.tensors.get(name) for module, name in names.items()}
     _check_shapes(model, homes, [factor for _, factor in factors])
-    _check_homes(model, homes, used)
+    _check_homes(model, homes, set(names.values()), used)
     _check_dtypes([ref for ref in homes.values() if ref is not None])
-    made: dict[str, list[Term]] = {home_of(module): [] for module in chosen}
+    made: dict[str, list[Term]] = {name: [] for name in names.values()}
     for one, factor in factors:
         if factor.module in homes:
             plain = Term(factor.up, factor.down, one.strength * _scale(factor))
-            home, name = homes[factor.module], home_of(factor.module)
+            home, name = homes[factor.module], names[factor.module]
             assert home is not None
             made[name].append(plain if factor.magnitude is None else term_of(factor, one.strength, home))
     refuse_beside_dora(made)
     return chosen, made
-
-
-def home_of(module: str) -> str:
-    """The tensor that a module's delta is added to: its weight, or the bias that the name is of."""
-    return module if module.endswith(".bias") else f"{module}.weight"
 
 
 def _scale(factor: Factor) -> Fraction:
@@ -89,11 +87,13 @@ def _described(model: Model) -> str:
     return f"{kind} with {printable(', '.join(told), 100)}" if told else f"{kind} of {len(model.tensors)} tensors"
 
 
-def _check_homes(model: Model, homes: dict[str, TensorRef | None], used: Sequence[Used]) -> None:
+def _check_homes(
+    model: Model, homes: dict[str, TensorRef | None], taken: Collection[str], used: Sequence[Used]
+) -> None:
     missing = [module for module, home in homes.items() if home is None]
     if missing:
-        names = [name.removesuffix(".weight") for name in list(model.tensors)[:_LOOKED_AT] if name.endswith(".weight")]
-        known = [name for name in names if homes.get(name) is None]  # the others are taken
+        free = [name for name in list(model.tensors)[:_LOOKED_AT] if name.endswith(".weight") and name not in taken]
+        known = [name.removesuffix(".weight") for name in free]
         raise FormatError(
             f"{len(missing)} of the adapter's {len(homes)} modules are not in the base",
             where="; ".join(fold_names(missing)[:4]),

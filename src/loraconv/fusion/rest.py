@@ -12,7 +12,7 @@ from pathlib import Path
 from loraconv.errors import CorruptCheckpoint, FormatError
 from loraconv.io.sidecar import read_json
 from loraconv.io.target import JOURNAL, MANIFEST
-from loraconv.model_folder import COMPONENT, CONFIG, Model, inside
+from loraconv.model_folder import CONFIG, Model, inside
 from loraconv.names import printable
 
 #: torch's names of the dtypes that a fused model can have.
@@ -41,7 +41,7 @@ def rest_of(model: Model, *, whole: bool = True, own_index: bool = False) -> tup
         return [_kept(model.folder, CONFIG)] if model.config is not None else [], []
     pipeline = model.pipeline if whole else None
     root = pipeline or model.folder
-    place = f"{COMPONENT}/" if pipeline else ""
+    place = model.place if whole else ""
     weights = {place + name for name in model.files}
     index = f"{place}{model.index}"
     names = [name for name in sorted(_files(root)) if name not in weights and name.removeprefix(place) not in _OURS]

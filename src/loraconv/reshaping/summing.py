@@ -1,7 +1,8 @@
 """``merge``: several adapters as one, exactly, by stacking their factors; or the nearest to that of a smaller rank.
 
 ``sum(w * up @ down)`` is ``[w1 up1, w2 up2, ...] @ [down1; down2; ...]``: ranks add up, and no product of one adapter's
-up with another's down comes in. ``resize`` is the same with one adapter.
+up with another's down comes in. ``resize`` is the same with one adapter. Factors of convolutions, down (rank, in,
+height, width) and up (out, rank, 1, 1), are stacked as they are, and cut as matrices.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
+from math import prod
 from pathlib import Path
 
 from loraconv.adapter import Adapter, Factor, natural
@@ -18,10 +20,11 @@ from loraconv.errors import FormatError, UsageError
 from loraconv.fold import cast, fits, folded, refuse_ruin
 from loraconv.fusion.adapters import Used
 from loraconv.fusion.merging import Term, stack
-from loraconv.lazy import Joined, Lazy
+from loraconv.lazy import Joined, Lazy, Viewed
 from loraconv.names import fold_names, printable
 from loraconv.ordered import in_order, workers
 from loraconv.plan import plan_adapter
+from loraconv.products import with_kernel
 from loraconv.registry import dialect
 from loraconv.reshaping.opening import dtype_name, input_of, notices_of, open_for
 from loraconv.reshaping.result import ModuleFacts, ReshapeResult
@@ -87,12 +90,11 @@ def sum_up(used: Sequence[Used], how: Wanted | None, target: Dialect, dtype: str
     Raises :class:`FormatError` (``merge-mismatch``, ``dtype-range``, what the target cannot carry).
     """
     terms = _terms(used)
+    _refuse_kernels(terms, used, target)
     cuts, norms = _cuts(terms, how, dtype or "F32") if how else ({}, {})
     stored = dtype or ("F32" if cuts else _keeping(terms, target))
     factors = [
-        Factor(module, cuts[module].down, cuts[module].up, _scale_one(_rank(cuts[module].down)))
-        if module in cuts
-        else _stacked(module, ones, target, stored)
+        _of_cut(module, cuts[module], ones) if module in cuts else _stacked(module, ones, target, stored)
         for module, ones in terms.items()
     ]
     plan = plan_adapter(Adapter(tuple(factors)), target, used[0].detected.family)
@@ -177,7 +179,7 @@ def _refuse_other_models(used: Sequence[Used]) -> None:
 
 
 def _refuse_other_shapes(terms: Mapping[str, Sequence[Term]]) -> None:
-    sizes = {module: {(t.up.shape[0], t.down.shape[1]) for t in ones} for module, ones in terms.items()}
+    sizes = {module: {(t.up.shape[0], *t.down.shape[1:]) for t in ones} for module, ones in terms.items()}
     wrong = [module for module, found in sizes.items() if len(found) > 1]
     if wrong:
         told = " and ".join("x".join(map(str, size)) for size in sorted(sizes[wrong[0]]))
@@ -189,6 +191,20 @@ def _refuse_other_shapes(terms: Mapping[str, Sequence[Term]]) -> None:
         )
 
 
+def _refuse_kernels(terms: Terms, used: Sequence[Used], target: Dialect) -> None:
+    """Raise :class:`FormatError` (``cannot-carry``) for convolutions in a format that is for linear layers."""
+    kernels = [module for module, ones in terms.items() if _kernel(ones)]
+    own = all(one.detected.dialect.name == target.name for one in used)  # what has them can carry them
+    if kernels and not own and not target.convolutions:
+        raise FormatError(
+            f"{target.name} cannot carry the factors of {len(kernels)} convolutions",
+            where="; ".join(fold_names(kernels)[:4]),
+            why="its files hold pairs of factors for linear layers",
+            hint="write another format: --to comfyui",
+            slug="cannot-carry",
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the factors of the sum
 
@@ -197,13 +213,28 @@ def _cuts(terms: Terms, how: Wanted, dtype: str) -> tuple[dict[str, Cut], dict[s
     """``(module -> factors of the smaller rank, module -> norm)``; one that keeps its rank is in the second only."""
 
     def work(ones: Sequence[Term]) -> Cut | float:
-        both = stack(ones)
+        both = stack([replace(one, up=_as_matrix(one.up), down=_as_matrix(one.down)) for one in ones])
         return cut(both.up, both.down.T, how, dtype)
 
     with workers() as pool:
         made = dict(zip(terms, in_order(pool, [partial(work, ones) for ones in terms.values()]), strict=True))
     cuts = {module: one for module, one in made.items() if isinstance(one, Cut)}
     return cuts, {module: one.norm if isinstance(one, Cut) else one for module, one in made.items()}
+
+
+def _as_matrix(side: Lazy) -> Lazy:
+    """A factor of a convolution as (rank, in * height * width) or (out, rank); that of a linear layer as it is."""
+    return Viewed(side, (side.shape[0], prod(side.shape[1:]))) if len(side.shape) > 2 else side
+
+
+def _kernel(terms: Sequence[Term]) -> tuple[int, ...]:
+    """The sizes of the kernel of a module's convolution; empty for a linear layer."""
+    return terms[0].down.shape[2:]
+
+
+def _of_cut(module: str, made: Cut, terms: Sequence[Term]) -> Factor:
+    rank = _rank(made.down)
+    return with_kernel(Factor(module, made.down, made.up, _scale_one(rank)), _kernel(terms))
 
 
 def _stacked(module: str, terms: Sequence[Term], target: Dialect, dtype: str) -> Factor:
@@ -219,10 +250,14 @@ def _stacked(module: str, terms: Sequence[Term], target: Dialect, dtype: str) ->
 
 def _unit(terms: Sequence[Term], target: Dialect, dtype: str) -> Fraction:
     """The scale that the output says: that of the first adapter, whose factors then keep their bytes; 1 where some
-    consumer would not read it, or alpha cannot say it."""
+    consumer would not read it, or alpha cannot say it. An alpha tensor is float32, which rounds more than ``up``."""
+    import numpy as np
+
     unit = abs(terms[0].factor)
     alpha = unit * sum(_rank(term.down) for term in terms)
     if not target.every_consumer_reads_alpha or dtype == "F64" or not 0 < alpha <= LARGEST_ALPHA:
+        return Fraction(1)
+    if target.alpha and Fraction(float(np.float32(alpha))) != alpha:
         return Fraction(1)
     return unit
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from loraconv.conversion import convert
 from loraconv.detect import detect
 from loraconv.errors import FormatError
-from loraconv.model_folder import COMPONENT, CONFIG, PIPELINE, Model, open_model
+from loraconv.model_folder import CONFIG, PIPELINE, Model, open_model, part_of
 from loraconv.names import ROUNDING, fold_names, printable, quoted
 from loraconv.source import open_source
 from loraconv.verification.adapters import adapter_pairs
@@ -114,7 +114,7 @@ def _request(base: Model, one: str | Path, alpha: float | None, dtype: str, scra
 
 def _is_model(path: Path) -> bool:
     """A folder with weights of a model; a folder with an adapter beside a model is taken for the model."""
-    marks = (path / PIPELINE, path / COMPONENT / CONFIG)
+    marks = (path / PIPELINE, part_of(path) / CONFIG)
     return any(mark.is_file() for mark in marks) or any(path.glob("diffusion_pytorch_model*"))
 
 

@@ -154,7 +154,9 @@ def _weight(sides: Sides, alpha: Fraction | None) -> Pair | None:
 
 
 def _kernel(sides: Sides) -> tuple[int, ...]:
-    """The sizes of a convolution's kernel; of a pair of factors only ``down`` has one."""
+    """The sizes of a convolution's kernel, as far as the tensors have them; of a pair of factors ``down`` has one."""
+    if sides.keys() <= {"up", "down", "alpha"}:
+        return sides["down"].shape[2:]
     shapes = (ref.shape[2:] for side, ref in sides.items() if side not in ("up", "alpha"))
     return next((shape for shape in shapes if prod(shape) > 1), ())
 

@@ -17,7 +17,7 @@ from loraconv.names import printable
 from loraconv.verifier.algebra import column, cut_rows, is_special, side_of, special_pairs
 from loraconv.verifier.numbers import Pair
 from loraconv.verifier.original_names import Share, here, of_original
-from loraconv.verifier.pipeline_names import of_pipeline
+from loraconv.verifier.pipeline_names import of_pipeline, of_text_encoders
 
 Tensors = Mapping[str, TensorRef]
 
@@ -207,8 +207,7 @@ def _pairs(
     broken = [m for m, found in sides.items() if not is_special(found) and not {"down", "up"} <= set(found)]
     if broken:
         raise _not_covered(broken[0])
-    of_several = of_pipeline(list(sides), components or {})
-    shares = [[Share(m)] for m in of_several] if of_several else _of_one(list(sides), prefixes, original)
+    shares = _shares(list(sides), prefixes, components or {}, original)
     pairs: dict[str, Pair] = {}
     for found, parts in zip(sides.values(), shares, strict=True):
         if is_special(found):
@@ -217,6 +216,18 @@ def _pairs(
         told = user if user is not None else _alpha(found.get("alpha"), known, found["down"].shape[0])
         pairs |= dict(_split(found["down"], found["up"], told, parts, alpha_of_block))
     return pairs
+
+
+def _shares(
+    names: list[str], prefixes: tuple[str, ...], components: Mapping[str, str], original: bool
+) -> list[list[Share]]:
+    """The diffusers modules of each name: of SDXL's parts, or of a transformer and the text encoders beside it."""
+    if modules := of_pipeline(names, components):
+        return [[Share(module)] for module in modules]
+    encoders = of_text_encoders(names, components)
+    rest = [name for name in names if name not in encoders]
+    found = dict(zip(rest, _of_one(rest, prefixes, original), strict=True))
+    return [found[name] if name in found else [Share(encoders[name])] for name in names]
 
 
 def _of_one(names: list[str], prefixes: tuple[str, ...], original: bool) -> list[list[Share]]:

@@ -103,6 +103,10 @@ class Pair:
         kernels = {pair.kernel for pair in (self, other) if pair.kernel}
         return (one[0], one[2]) == (two[0], two[2]) and len(kernels) < 2
 
+    def keeps_kernel_of(self, other: Pair) -> bool:
+        """True if the tensors have the kernel that those of ``other`` have, if any."""
+        return not other.kernel or self.kernel == other.kernel
+
     @property
     def kind(self) -> tuple[object, ...]:
         """What two pairs have in common whose factors can be compared number for number."""

@@ -22,7 +22,7 @@ from loraconv.names import printable
 from loraconv.verifier import file_oracles
 from loraconv.verifier.algebra import as_matrix, column, special_pairs
 from loraconv.verifier.numbers import Held, Pair, difference_norm, product_norm, values
-from loraconv.verifier.pipeline_names import of_pipeline
+from loraconv.verifier.pipeline_names import of_pipeline, with_text_model
 
 _SAT_FACTOR = re.compile(
     r"model\.diffusion_model\.transformer\.layers\.(\d+)\.attention\.(query_key_value|dense)\.matrix_([AB])\.(\d+)"
@@ -167,7 +167,7 @@ def diffusers_pairs(
         config = header_config(metadata, component)
         found = _peft_like(tensors, ("transformer.", ""), config, alpha)
         begin = "" if component == "transformer" else f"{component}."
-        pairs |= {begin + module: pair for module, pair in found.items()}
+        pairs |= {begin + with_text_model(component, module): pair for module, pair in found.items()}
     return pairs
 
 

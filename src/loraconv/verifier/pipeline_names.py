@@ -34,6 +34,8 @@ _OWN = re.compile(
     r"(?:down_blocks|up_blocks|mid_block)_.+|conv_in|conv(?:_norm)?_out|(?:time|add)_embedding_linear_[12]"
 )
 _TEXT = re.compile(r"text_model_.+")
+#: What the names in a ``CLIPTextModel`` begin with since transformers 5.
+_BARE = ("embeddings", "encoder", "final_layer_norm")
 
 
 def of_pipeline(names: Sequence[str], prefixes: Mapping[str, str]) -> list[str] | None:
@@ -43,6 +45,13 @@ def of_pipeline(names: Sequence[str], prefixes: Mapping[str, str]) -> list[str] 
     """
     found = [_module(name, prefixes) for name in names]
     return [module for module in found if module] if found and all(found) else None
+
+
+def of_text_encoders(names: Sequence[str], prefixes: Mapping[str, str]) -> dict[str, str]:
+    """Those of the names that are modules of a text encoder by their prefix, each with its diffusers module behind the
+    encoder's name; the others are the transformer's."""
+    own = {prefix: component for prefix, component in prefixes.items() if component != "unet"}
+    return {name: module for name in names if (module := _module(name, own))}
 
 
 def _module(name: str, prefixes: Mapping[str, str]) -> str:
@@ -55,7 +64,18 @@ def _module(name: str, prefixes: Mapping[str, str]) -> str:
     return f"{component}.{module}" if module else ""
 
 
+def with_text_model(component: str, name: str) -> str:
+    """The name of a text encoder's module with the step ``text_model``, which transformers 5 leaves out.
+
+    ``name`` may be flattened. Those of other components are returned as they are.
+    """
+    separator = "." if "." in name else "_"
+    bare = component.startswith("text_encoder") and name.startswith(tuple(f"{step}{separator}" for step in _BARE))
+    return f"text_model{separator}{name}" if bare else name
+
+
 def _of_text_encoder(component: str, flat: str) -> str:
+    flat = with_text_model(component, flat)
     if flat == "text_projection" and component == "text_encoder_2":
         return flat
     return regrouped(flat) if _TEXT.fullmatch(flat) else ""

@@ -88,8 +88,10 @@ def prove_reshaped(
 
 def _prove(terms: Sequence[Term], stored: Pairs, claims: Claims, scale_ignored: bool) -> Proof:
     apart = sorted({m for term in terms for m in term.pairs} ^ set(stored))
-    if apart:
-        detail = f"missing or unexpected: {'; '.join(fold_names(apart)[:4])}"
+    odd = [m for m in stored if m not in apart and not _of_one_size([t.pairs[m] for t in terms if m in t.pairs])]
+    if apart or odd:
+        kind = "missing or unexpected" if apart else "of another size in another source"
+        detail = f"{kind}: {'; '.join(fold_names(apart or odd)[:4])}"
         return Proof("adapter", (Check("L0", NAMES, False, len(stored), detail=detail),), ())
     sums = _Sums(terms, {module: pair.scale for module, pair in stored.items()})
     least = _Least()
@@ -102,6 +104,11 @@ def _prove(terms: Sequence[Term], stored: Pairs, claims: Claims, scale_ignored: 
     expected = Expectation(sums, {m: (pair.down.dtype, pair.up.dtype) for m, pair in stored.items()})
     controls = adapter_controls(expected, stored, lambda part, spoilt: _first_fault(part, spoilt, claims, least))
     return Proof("adapter", tuple(checks), (*controls, *_merge_controls(terms, stored, claims)))
+
+
+def _of_one_size(pairs: Sequence[Pair]) -> bool:
+    """True if all are added to one weight, of a convolution with one kernel."""
+    return all(one.fits(other) for one in pairs for other in pairs)
 
 
 class _Sums(Mapping[str, Pair]):
@@ -124,7 +131,8 @@ class _Sums(Mapping[str, Pair]):
         up = np.concatenate([values(pair.up) * _ratio(weight, scale) for weight, pair in parts], axis=1)
         down = np.concatenate([values(pair.down) for _, pair in parts], axis=0)
         dtypes = [side.dtype for _, pair in parts for side in (pair.down, pair.up)]
-        return Pair(Held(down, _wide(dtypes)), Held(up, "F64"), scale)
+        kernel = next((pair.kernel for _, pair in parts if pair.kernel), ())
+        return Pair(Held(down, _wide(dtypes)), Held(up, "F64"), scale, kernel=kernel)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.scales)
@@ -173,7 +181,8 @@ class _Seen:
 def _look(module: str, expected: Pair, stored: Pair, claims: Claims, least: _Least) -> _Seen:
     cut = module in claims.errors
     rank, rank_stored = expected.shape[1], stored.shape[1]
-    fitting = expected.fits(stored) and (rank_stored <= rank if cut else rank_stored == rank)
+    fitting = expected.fits(stored) and stored.keeps_kernel_of(expected)
+    fitting = fitting and (rank_stored <= rank if cut else rank_stored == rank)
     if not fitting or not _right_dtypes(expected, stored, claims):
         return _Seen(module, cut, (NAMES,))
     if cut:

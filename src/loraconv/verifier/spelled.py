@@ -17,6 +17,7 @@ from loraconv.names import FLOAT_DTYPES
 from loraconv.verifier.diagnosis import Finding, finding
 from loraconv.verifier.numbers import HALF_ULP, Tensor, rounded_once, same_numbers, values
 from loraconv.verifier.original_names import Share, here
+from loraconv.verifier.pipeline_names import of_pipeline, of_text_encoders
 from loraconv.verifier.proof import Check
 
 Tensors = Mapping[str, TensorRef]
@@ -25,6 +26,17 @@ _IN_MEMORY = re.compile(r"(.+\.lora_[AB])\.([^.]+)(\.weight)")
 _MAGNITUDE = re.compile(r"(.+?)\.(?:lora_magnitude_vector(?:\.[^.]+){0,2}|dora_scale)")
 _ORIGINAL = ("lora_unet_", "lora_transformer_", "lycoris_", "diffusion_model.")
 _PREFIXES = ("base_model.model.", "transformer.", *_ORIGINAL)
+#: What the names of a UNet's and of text encoders' modules begin with, in any format.
+_OF_PARTS = {
+    "base_model.model.": "unet",
+    "diffusion_model.": "unet",
+    "lora_unet_": "unet",
+    "lycoris_": "unet",
+    "lora_te1_": "text_encoder",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +74,11 @@ def apart(tensors: Tensors) -> tuple[dict[str, TensorRef], dict[str, Tensor]]:
 
 def magnitudes_of(spelled: Tensors) -> dict[str, Tensor]:
     """Module (diffusers name) -> magnitudes, from those by the module's name in the file."""
+    if modules := of_pipeline(list(spelled), _OF_PARTS):
+        return dict(zip(modules, spelled.values(), strict=True))
+    if encoders := of_text_encoders(list(spelled), _OF_PARTS):
+        rest = magnitudes_of({name: ref for name, ref in spelled.items() if name not in encoders})
+        return {**{module: spelled[name] for name, module in encoders.items()}, **rest}
     bare = [next((name[len(p) :] for p in _PREFIXES if name.startswith(p)), name) for name in spelled]
     flattened = any(name.startswith(_ORIGINAL) for name in spelled)
     shares = here(bare, original=True) if flattened else [[Share(name)] for name in bare]

@@ -19,6 +19,7 @@ from loraconv.verifier.fused.case import NOTHING, Case, TensorResult, Tensors, T
 from loraconv.verifier.fused.controls import beside_controls, fused_controls
 from loraconv.verifier.fused.diagnosis import diagnose_fused
 from loraconv.verifier.fused.figures import MISROUNDED, Figures
+from loraconv.verifier.fused.parts import in_base
 from loraconv.verifier.fused.rounding import is_rounded, measure
 from loraconv.verifier.parallel import beside_it, in_parallel
 from loraconv.verifier.proof import Check, Proof
@@ -57,14 +58,16 @@ def prove_fused(
     """Compare ``fused`` with ``base`` plus ``terms``. ``beside`` are tensors that were trained whole, under the base's
     names: each stands in the place of the base's own, or is one more.
 
-    ``only`` are the modules that the user chose, None for all; ``dtype`` is the one that was asked for: every
-    floating-point tensor is then rounded once to it. ``bound`` replaces the rule for the touched tensors by one on the
-    relative Frobenius error of the delta.
+    ``only`` are the modules that the user chose, None for all, named as in ``terms``; ``dtype`` is the one that was
+    asked for: every floating-point tensor is then rounded once to it. ``bound`` replaces the rule for the touched
+    tensors by one on the relative Frobenius error of the delta.
 
     Raises :class:`FormatError` (``not-comparable``) where base and adapters, or base and fused model, have nothing in
     common.
     """
-    modules, every = chosen(terms, only), {**base, **beside}
+    every = {**base, **beside}
+    terms, only = in_base(terms, only, every)
+    modules = chosen(terms, only)
     names = check_names(every, fused, dtype)
     others = {name for name in map(home_of, modules) if name in every and len(every[name].shape) not in (0, 2)}
     fused = _as_matrices(fused, {name for name in others if name in fused and fused[name].shape})
