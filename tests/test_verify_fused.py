@@ -736,6 +736,25 @@ def test_a_bound_replaces_the_rule_of_rounding(tmp_path: Path) -> None:
     assert not loraconv.verify(*words, out, base=base, bound=5e-4).same
 
 
+def test_a_bound_that_no_rounding_can_meet_is_said_to_be_that(tmp_path: Path) -> None:
+    made = Made("bf16")
+    fused = made.fused()
+    result = verified(tmp_path / "right", made, fused, bound=1e-6)
+    assert not result.same
+    assert [finding.slug for finding in result.findings] == ["strict-bound"]
+    names = result.findings[0].modules
+    assert sorted(names) == sorted(f"{name}.weight" for name in made.products())
+    errors = []
+    for name in made.products():
+        off = fused[f"{name}.weight"] - made.base[f"{name}.weight"] - made.delta(name)
+        errors.append(np.linalg.norm(off) / np.linalg.norm(made.delta(name)))
+    assert f"an error of {max(errors):.1e}, more than the bound 1e-06" in result.findings[0].sentence
+    assert "--bound" in result.findings[0].mend
+    assert verified(tmp_path / "wide", made, fused, bound=max(errors) * 1.01).same
+    wrong = made.fused(lambda name, base, delta: base + 2 * delta)
+    assert [f.slug for f in verified(tmp_path / "wrong", made, wrong, bound=1e-6).findings] == ["scale"]
+
+
 def test_one_unit_in_few_numbers_is_allowed_and_more_is_not(tmp_path: Path) -> None:
     made = Made("bf16", size=0.01)
     fused = made.fused()

@@ -27,7 +27,9 @@ _COPY = "fetch or copy FUSED again, or fuse it again: loraconv fuse ADAPTER --ba
 def diagnose_fused(case: Case, tensors: Sequence[TensorResult], changed: Sequence[str]) -> Iterator[Finding]:
     """The causes of every difference; ``changed`` are the tensors that no adapter touches and that differ."""
     yield from _by_name(case)
-    wrong = [tensor for tensor in tensors if not tensor.same]
+    strict = [tensor for tensor in tensors if not tensor.same and tensor.figures.rounded_once]
+    yield from _strict_bound(case, strict)
+    wrong = [tensor for tensor in tensors if not tensor.same and tensor not in strict]
     causes = _causes(case, wrong)
     for finding in _stale_shards(case, tensors, causes, changed):
         yield finding
@@ -45,6 +47,17 @@ def diagnose_fused(case: Case, tensors: Sequence[TensorResult], changed: Sequenc
 
 def _finding(slug: str, text: str, names: Sequence[str], mend: str) -> Finding:
     return Finding(slug, f"{text} {'; '.join(fold_names(names)[:4])}", mend, tuple(names))
+
+
+def _strict_bound(case: Case, tensors: Sequence[TensorResult]) -> Iterator[Finding]:
+    """Tensors that are right, and yet not within the bound that the user gave."""
+    if tensors:
+        error = max(tensor.figures.error for tensor in tensors)
+        dtypes = " and ".join(sorted({case.fused[tensor.name].dtype for tensor in tensors}))
+        text = f"every number is the nearest to base + delta; rounding to {dtypes} alone makes an error of {error:.1e},"
+        text += f" more than the bound {case.bound:g}, in"
+        names = [tensor.name for tensor in tensors]
+        yield _finding("strict-bound", text, names, "leave --bound out, or give a larger one")
 
 
 def _by_name(case: Case) -> Iterator[Finding]:
