@@ -14,8 +14,6 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-import yaml
-
 from loraconv.errors import FormatError, ProofFailed
 from loraconv.lazy import TensorRef, read
 from loraconv.names import printable
@@ -279,6 +277,8 @@ def _peft_scale(alpha: Fraction, rank: int, rslora: bool) -> Fraction | float:
 
 def yaml_settings(text: str) -> dict[str, Any]:
     """A settings file as plain data (no tags)."""
+    import yaml  # of a SAT run alone
+
     value = yaml.safe_load(text)
     return value if isinstance(value, dict) else {}
 
