@@ -336,6 +336,11 @@ def test_what_a_lora_run_may_do_and_what_it_may_not() -> None:
     assert found(one | vae, one | vae | {"first_stage_model.x": f32(1)}, "only-lora") == {
         "new": ("first_stage_model.x",)
     }
+    mends = {f.slug: f.mend for f in diagnose_changes(states(BASE, BASE | {"norm": f32(3) + 1}, "only-lora"))}
+    assert "--expect" not in mends["changed"]  # that was the command
+    assert "verify --base {before} ADAPTER {after}" in mends["changed"]
+    (other,) = diagnose_changes(states(BASE, BASE | {"norm": f32(3) + 1}))
+    assert "--expect only-lora" in other.mend
     assert found(one, BASE, "only-lora") == {"lora-lost": (A, B)}
     assert found(one, BASE | {B: FACTORS[B]}, "only-lora") == {"lora-lost": (A,)}
 

@@ -167,6 +167,29 @@ def test_the_output_is_the_same_past_the_page_cache(tmp_path: Path, monkeypatch:
     assert found["past", "fp32"] == found["through", "fp32"]
 
 
+@pytest.mark.parametrize("kind", ["input", "direct"])
+def test_an_interrupt_right_after_a_descriptor_is_closed_does_not_close_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Its number may belong to another file by then."""
+    path, real = tmp_path / "x", os.close
+    path.write_bytes(b"")
+    descriptor = os.open(path, os.O_WRONLY)
+    file = InputFile(path) if kind == "input" else direct.DirectWriter(descriptor, -1)
+    closed: list[int] = []
+
+    def interrupted(number: int) -> None:
+        real(number)
+        closed.append(number)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        file.close()
+    file.close()
+    assert len(closed) == 1
+
+
 @needs_strace
 @pytest.mark.parametrize("action", ["error=ENOSPC", "error=EIO", "signal=KILL"])
 @pytest.mark.parametrize("when", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])

@@ -704,7 +704,11 @@ def test_an_adapter_is_not_fused_twice(tmp_path: Path, base: Path, adapter: Path
         with pytest.raises(UsageError) as twice:
             loraconv.fuse(f"{copy}@0.5", base=model, out=tmp_path / "again")
         assert twice.value.slug == "fused-twice"
-        assert "unfuse" in twice.value.hint
+        assert twice.value.hint == "take the original base"  # without a journal there is no way back
+    loraconv.fuse(adapter, base=base, out=tmp_path / "with", journal=True)
+    with pytest.raises(UsageError) as twice:
+        loraconv.fuse(adapter, base=tmp_path / "with", out=tmp_path / "again")
+    assert f"loraconv unfuse {tmp_path / 'with'} -o BASE" in twice.value.hint
     with pytest.raises(UsageError) as named:
         loraconv.fuse(adapter, copy, base=base, out=tmp_path / "again")
     assert named.value.slug == "fused-twice"

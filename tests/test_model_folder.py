@@ -404,6 +404,21 @@ def test_a_gguf_file_is_known_by_its_first_bytes(tmp_path: Path, name: str) -> N
     assert "GGUF" in refused(tmp_path / name, FormatError, "base-quantised").what
 
 
+def test_a_folder_that_holds_nothing_but_gguf_is_refused_as_quantised(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model-Q4_K.gguf").write_bytes(b"GGUF" + bytes(60))
+    assert "GGUF" in refused(tmp_path, FormatError, "base-quantised").what
+
+
+def test_what_torchao_saved_as_pickles_is_refused_as_quantised(tmp_path: Path) -> None:
+    import torch
+
+    torch.save({"a": torch.zeros(2)}, tmp_path / "diffusion_pytorch_model.bin")
+    assert "pickled" in refused(tmp_path, FormatError, "no-weights").why
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "torchao"}}))
+    assert "torchao" in refused(tmp_path, FormatError, "base-quantised").what
+
+
 def test_a_pickled_file_is_named_so(tmp_path: Path) -> None:
     import torch
 

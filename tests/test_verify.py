@@ -546,7 +546,9 @@ def test_every_spelling_of_a_magnitude_is_known(tmp_path: Path, key: str) -> Non
     modules = [n.removesuffix(".lora_A.weight") for n in factors() if ".lora_A." in n]
     sizes = {f"{module}.{key}": np.full(WIDTH, 2, np.float32) for module in modules}
     one, other = write(tmp_path / "a", {**factors(), **sizes}), write(tmp_path / "b", factors())
-    assert [f.slug for f in verify(one, other).findings] == ["dora-lost"]
+    (lost,) = verify(one, other).findings
+    assert lost.slug == "dora-lost"
+    assert lost.mend == f"keep {one}, or fuse it into its base: loraconv fuse {one} --base BASE -o OUT"
     assert verify(one, one).same
 
 

@@ -182,6 +182,8 @@ def _weights(folder: Path) -> tuple[Layout, str | None, dict[str, str]]:
             slug="index-missing",
         )
     if not indexes and not alone:
+        # What torchao quantised is saved as pickles, which must not be taken for the reason.
+        refuse_quantised(folder, {}, {}, _config(folder))
         raise _no_weights(folder, names)
     raise UsageError(
         f"{printable(str(folder), 1000)} holds the weights of more than one model",
@@ -193,7 +195,10 @@ def _weights(folder: Path) -> tuple[Layout, str | None, dict[str, str]]:
 
 def _no_weights(folder: Path, names: list[str]) -> LoraconvError:
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    single = [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    single = [name for name in names if name.endswith(".safetensors")]
+    gguf = [name for name in names if name.endswith(".gguf")]
+    if gguf and not single and not pickled:
+        return _gguf(folder / gguf[0])
     shown = ", ".join(printable(name, 60) for name in names[:6]) + (", ..." if len(names) > 6 else "")
     hint = f"pass the folder that holds diffusion_pytorch_model.safetensors or model.safetensors; ls {quoted(folder)}"
     if single:
@@ -271,9 +276,13 @@ def _open(
         if twice := [tensor for tensor in found if tensor in tensors]:
             raise _contradiction(file.path, "tensors are in two shards", twice)
         tensors |= found
-    config = read_json(inside(folder, CONFIG)) if os.path.lexists(folder / CONFIG) else None
+    config = _config(folder)
     refuse_quantised(path, tensors, metadata, config)
     return Model(path, folder, pipeline, files, tensors, metadata, config, index, layout)
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    return read_json(inside(folder, CONFIG)) if os.path.lexists(folder / CONFIG) else None
 
 
 def _read(file: InputFile, layout: Layout) -> tuple[dict[str, TensorRef], dict[str, str]]:
@@ -290,12 +299,7 @@ def _refuse_other_containers(file: InputFile) -> None:
     if start[8:] == b"{":  # safetensors: before that stands a length, whose bytes may look like anything
         return
     if start[:4] == b"GGUF":
-        raise FormatError(
-            f"the base is quantised (GGUF): {file.shown}",
-            why="a delta cannot be added to its blocks of codes without quantising them again",
-            hint="pass the model that it was made from, in fp32, fp16 or bf16",
-            slug="base-quantised",
-        )
+        raise _gguf(file.path)
     if start[:2] in (b"PK", b"\x80\x02"):
         raise FormatError(
             f"the base is a pickled torch file: {file.shown}",
@@ -304,6 +308,15 @@ def _refuse_other_containers(file: InputFile) -> None:
             f" sat2diffusers {quoted(file.path)} --what base -o transformer",
             slug="no-weights",
         )
+
+
+def _gguf(path: Path) -> FormatError:
+    return FormatError(
+        f"the base is quantised (GGUF): {printable(str(path), 1000)}",
+        why="a delta cannot be added to its blocks of codes without quantising them again",
+        hint="pass the model that it was made from, in fp32, fp16 or bf16",
+        slug="base-quantised",
+    )
 
 
 def _compare(index: Path, listed: Mapping[str, str], tensors: Mapping[str, TensorRef]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Collection, Sequence
 from fractions import Fraction
 
@@ -14,6 +15,7 @@ from loraconv.fusion.dora import refuse_beside_dora, term_of
 from loraconv.fusion.homes import home_of, refuse_other_parts
 from loraconv.fusion.merging import DTYPES, Term, as_matrix
 from loraconv.io.sidecar import parse_json
+from loraconv.io.target import JOURNAL
 from loraconv.lazy import TensorRef
 from loraconv.model_folder import Model
 from loraconv.names import fold_names, printable, quoted
@@ -148,12 +150,16 @@ def refuse_fused_twice(model: Model, used: Sequence[Used]) -> list[str]:
     for entry in before:
         same = [one for one in used if one.digest == entry.get("digest")]
         if same:
-            raise _twice(
-                f"{same[0].name} is in this base already: it would be fused twice",
-                f"take the original base, or go back to it: loraconv unfuse {quoted(model.path)} -o BASE",
-            )
+            raise _twice(f"{same[0].name} is in this base already: it would be fused twice", _way_back(model))
     names = [printable(f"{entry.get('adapter')}@{entry.get('strength')}", 80) for entry in before]
     return [f"the base was fused before, with {', '.join(names)}"] if before else []
+
+
+def _way_back(model: Model) -> str:
+    places = [place for place in (model.folder, model.pipeline) if place is not None]
+    journal = any(os.path.lexists(place / JOURNAL) for place in places)
+    back = f", or go back to it: loraconv unfuse {quoted(model.path)} -o BASE" if journal else ""
+    return f"take the original base{back}"
 
 
 def _twice(what: str, hint: str) -> LoraconvError:

@@ -85,6 +85,6 @@ class DirectWriter:
         """Write nothing more, when what is under way has ended. A second call does nothing."""
         for lane in self._lanes:
             lane.shutdown(cancel_futures=True)
-        if self._direct >= 0:
-            os.close(self._direct)
-            self._direct = -1
+        descriptor, self._direct = self._direct, -1
+        if descriptor >= 0:
+            os.close(descriptor)

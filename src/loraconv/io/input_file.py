@@ -123,9 +123,9 @@ class InputFile:
 
     def close(self) -> None:
         """Close the descriptor; a second call does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        descriptor, self._fd = self._fd, -1  # first: an interrupt may strike right after the call
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def __enter__(self) -> InputFile:
         return self

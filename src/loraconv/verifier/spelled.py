@@ -156,7 +156,7 @@ def compare_magnitudes(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -
                 "dora-lost",
                 "the second lost the DoRA magnitudes: what is left is a plain LoRA, which computes something else, in",
                 lost,
-                "keep {one}, or fuse it into its base with peft: PeftModel.from_pretrained(...).merge_and_unload()",
+                "keep {one}, or fuse it into its base: loraconv fuse {one} --base BASE -o OUT",
             )
         )
     if gained:

@@ -235,7 +235,7 @@ def _components(states: States, left: list[Change]) -> Iterator[Finding]:
 
 
 _REST = {
-    "changed": ("changed, {how}:", "look at what wrote the second; for a LoRA run: " + _AGAIN),
+    "changed": ("changed, {how}:", "look at what wrote the second"),
     "reshaped": ("have another shape:", "the two are of different models or sizes: loraconv inspect {after}"),
     "renamed": ("hold the same bytes under another name:", "rename them before loading"),
     "missing": ("are not in the second:", "save it again, whole; what loads it takes something else in their place"),
@@ -243,13 +243,22 @@ _REST = {
 }
 
 
-def _rest(_: States, left: list[Change]) -> Iterator[Finding]:
+#: What is more to say about numbers that changed; what was just run is no advice.
+_LOOK = {
+    "only-lora": "; if an adapter was fused into it: loraconv verify --base {before} ADAPTER {after}",
+    None: f"; for a LoRA run: {_AGAIN}",
+    "identical": f"; for a LoRA run: {_AGAIN}",
+}
+
+
+def _rest(states: States, left: list[Change]) -> Iterator[Finding]:
     for kind, (text, mend) in _REST.items():
         changes = [c for c in left if c.kind == kind]
         if kind == "renamed":
             changes = [c for c in changes if _swapped_prefix(c) is None]
         if changes:
             what = "LoRA factors" if all(c.is_factor for c in changes) else "tensors"
+            mend += _LOOK[states.expect] if kind == "changed" else ""
             yield _named(kind, f"{len(changes)} {what} {text.format(how=_how_far(changes))}", changes, mend)
 
 
