@@ -68,7 +68,7 @@ def failed(found: Proof) -> list[str]:
     return [check.name for check in found.checks if not check.passed]
 
 
-# --- an adapter -------------------------------------------------------------------------------------------------------
+# --- an adapter -----------------------------------------------------------------------------------------------------
 
 
 def test_magnitudes_that_are_lost_or_new_fail_the_proof(tmp_path: Path) -> None:
@@ -121,12 +121,12 @@ def test_what_pefts_own_defaults_say_is_plain_lora(tmp_path: Path, field: str) -
         check_written("peft", tensors, {}, settings)
 
 
-# --- what goes wrong ----------------------------------------------------------------------------------------------------
+# --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
 def test_whose_error_it_is_goes_by_the_folder_that_it_names(tmp_path: Path) -> None:
     def raised(error: BaseException) -> BaseException:
-        with pytest.raises(type(error) if isinstance(error, MemoryError) else Exception) as caught, as_failure(tmp_path):
+        with pytest.raises((Exception, MemoryError)) as caught, as_failure(tmp_path):
             raise error
         return caught.value
 
@@ -171,7 +171,7 @@ def test_shards_without_an_index_are_no_base(tmp_path: Path) -> None:
         _check_index(tmp_path, {A: {}, B: {}})
 
 
-# --- records ------------------------------------------------------------------------------------------------------------
+# --- records --------------------------------------------------------------------------------------------------------
 
 
 def test_the_record_of_the_header_goes_before_that_of_the_settings() -> None:
@@ -193,7 +193,7 @@ def test_the_dtypes_of_a_record_are_those_that_are_some() -> None:
     assert recorded_dtypes(told) == {"": "BF16", "a": "F16"}
 
 
-# --- parts --------------------------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------------------------
 
 
 def parts(folder: Path, **changes: Any) -> Proof:
