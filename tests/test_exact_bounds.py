@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,9 @@ from loraconv.verifier.changes.renames import match_content, match_names
 from loraconv.verifier.changes.tables import _is_computed
 from loraconv.verifier.config import check_config, expected_config
 from loraconv.verifier.coverage import check_coverage
+from loraconv.verifier.delta import rows_of
 from loraconv.verifier.fused.rounding import _reach, _spacing
+from loraconv.verifier.numbers import Held, Pair
 from loraconv.verifier.partners import in_layer, other_projections
 
 DIT = "model.diffusion_model."
@@ -87,6 +90,18 @@ def test_below_the_normal_numbers_what_surely_rounds_is_hardly_less_than_half_a_
     half = told.tiny * told.eps / 2
     assert tiny == told.tiny
     assert half * (1 - 2.0**-11) <= np.dtype(work).type(near) < half
+
+
+def test_any_rows_of_a_product_are_those_of_the_whole() -> None:
+    rng = np.random.default_rng(5)
+    sizes = (3, 2), (4, 5), (12, 3), (3, 10)
+    one, two, up, down = (rng.integers(-9, 10, size=size).astype(float) for size in sizes)
+    kron = Pair(Held(two.reshape(1, -1), "F64"), Held(one.reshape(-1, 1), "F64"), Fraction(1), (3, 2, 4, 5))
+    plain = Pair(Held(down, "F64"), Held(up, "F64"), Fraction(7))  # whose scale is not counted in
+    for start in range(12):
+        for stop in range(start + 1, 13):
+            assert np.array_equal(rows_of(kron, start, stop), np.kron(one, two)[start:stop])
+            assert np.array_equal(rows_of(plain, start, stop), (up @ down)[start:stop])
 
 
 # --- names ----------------------------------------------------------------------------------------------------------

@@ -63,9 +63,9 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
     patch, depth = config["patch_size"], config["patch_size_t"]
     linear("patch_embed.text_proj", width, config["text_embed_dim"])
-    linear("patch_embed.proj", width, config["in_channels"] * patch * patch * (depth or 1))
-    if depth is None:
-        shapes["patch_embed.proj.weight"] = (width, config["in_channels"], patch, patch)
+    patches, flat = (config["in_channels"], patch, patch), config["in_channels"] * patch * patch
+    shapes["patch_embed.proj.weight"] = (width, *patches) if depth is None else (width, flat * depth)
+    shapes["patch_embed.proj.bias"] = (width,)
     if config["use_learned_positional_embeddings"]:
         frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
         area = (config["sample_height"] // patch) * (config["sample_width"] // patch)
