@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from loraconv.lazy import Joined, Lazy, TensorRef, Viewed
-from loraconv.names import fold_names
+from loraconv.names import fold_names, numel
 from loraconv.verifier.config import DIT, POSITIONS, Settings, check_config, expected_config, is_rotary
 from loraconv.verifier.coverage import check_coverage
 from loraconv.verifier.numbers import Computed, Held, Tensor, coarse, rounded_once, same_bytes, same_numbers, values
@@ -63,8 +63,8 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
     patch, depth = config["patch_size"], config["patch_size_t"]
     linear("patch_embed.text_proj", width, config["text_embed_dim"])
-    patches, flat = (config["in_channels"], patch, patch), config["in_channels"] * patch * patch
-    shapes["patch_embed.proj.weight"] = (width, *patches) if depth is None else (width, flat * depth)
+    kernel = config["in_channels"], patch, patch
+    shapes["patch_embed.proj.weight"] = (width, *kernel) if depth is None else (width, numel(kernel) * depth)
     shapes["patch_embed.proj.bias"] = (width,)
     if config["use_learned_positional_embeddings"]:
         frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
