@@ -42,7 +42,7 @@ TESTS = (
     "consumers", "controls", "convolutions", "dialects", "difference", "diffusers_oracle", "exact_bounds", "exactness",
     "extension", "extract", "extracted", "file_oracles", "flux_dialects", "flux_text_encoder", "forward",
     "forward_verdict", "fuse", "fuse_hf_llava", "fuse_llava", "fuse_sdxl", "fused_case", "fused_causes",
-    "fused_diagnosis", "guesses", "kron", "llava_settings", "loadable", "lora_bias", "merge", "merging",
+    "fused_diagnosis", "fused_parts", "guesses", "kron", "llava_settings", "loadable", "lora_bias", "merge", "merging",
     "namespace_oracles", "namespaces", "naming", "norms", "numbers", "oracles", "parallel", "peft_tuners", "proof",
     "prove_fused", "public_lists", "readings", "registry", "report_html", "reshape_convolutions", "resize", "rounding",
     "roundtrip", "rules", "sat2diffusers", "sat_lora", "sdxl", "spectrum", "split", "trained", "unfuse", "variants",

@@ -21,7 +21,7 @@ from loraconv.verifier.config import check_config, expected_config
 from loraconv.verifier.coverage import check_coverage
 from loraconv.verifier.delta import rows_of
 from loraconv.verifier.fused.rounding import _reach, _spacing
-from loraconv.verifier.numbers import Held, Pair
+from loraconv.verifier.numbers import Held, Pair, difference_norm, gram_norm
 from loraconv.verifier.partners import in_layer, other_projections
 
 DIT = "model.diffusion_model."
@@ -90,6 +90,19 @@ def test_below_the_normal_numbers_what_surely_rounds_is_hardly_less_than_half_a_
     half = told.tiny * told.eps / 2
     assert tiny == told.tiny
     assert half * (1 - 2.0**-11) <= np.dtype(work).type(near) < half
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0**500, 2.0**530, 2.0**-530])
+def test_factors_whose_squares_are_no_numbers_have_a_distance_all_the_same(size: float) -> None:
+    """Scaled against each other by a power of two, the factors have the same product."""
+    rng = np.random.default_rng(9)
+    up, other_up = rng.normal(size=(2, 7, 3))
+    down, other_down = rng.normal(size=(2, 3, 5))
+    right = np.linalg.norm(up @ down - other_up @ other_down)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        assert difference_norm(up, down, other_up / size, other_down * size) == pytest.approx(right, rel=1e-9)
+        assert difference_norm(up * size, down / size, other_up, other_down) == pytest.approx(right, rel=1e-9)
+        assert gram_norm(up / size, down * size) == pytest.approx(np.linalg.norm(up @ down), rel=1e-9)
 
 
 def test_any_rows_of_a_product_are_those_of_the_whole() -> None:
