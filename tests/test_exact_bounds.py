@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 from loraconv.errors import FormatError
 from loraconv.model_config import _from_sidecar
 from loraconv.rules import Family, Rename, Setting, Spelling
-from loraconv.verifier import base, parallel
+from loraconv.verifier import base, delta, extracted, parallel
 from loraconv.verifier.changes.renames import match_content, match_names
 from loraconv.verifier.changes.tables import _is_computed
 from loraconv.verifier.config import check_config, expected_config
 from loraconv.verifier.coverage import check_coverage
 from loraconv.verifier.delta import rows_of
+from loraconv.verifier.fused import guesses, rounding, whole
 from loraconv.verifier.fused.rounding import _reach, _spacing
 from loraconv.verifier.numbers import Held, Pair, difference_norm, gram_norm
 from loraconv.verifier.partners import in_layer, other_projections
@@ -93,16 +95,18 @@ def test_below_the_normal_numbers_what_surely_rounds_is_hardly_less_than_half_a_
 
 
 @pytest.mark.parametrize("size", [1.0, 2.0**500, 2.0**530, 2.0**-530])
-def test_factors_whose_squares_are_no_numbers_have_a_distance_all_the_same(size: float) -> None:
+@pytest.mark.parametrize("rank", [1, 3])
+def test_factors_whose_squares_are_no_numbers_have_a_distance_all_the_same(rank: int, size: float) -> None:
     """Scaled against each other by a power of two, the factors have the same product."""
-    rng = np.random.default_rng(9)
-    up, other_up = rng.normal(size=(2, 7, 3))
-    down, other_down = rng.normal(size=(2, 3, 5))
-    right = np.linalg.norm(up @ down - other_up @ other_down)
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        assert difference_norm(up, down, other_up / size, other_down * size) == pytest.approx(right, rel=1e-9)
-        assert difference_norm(up * size, down / size, other_up, other_down) == pytest.approx(right, rel=1e-9)
-        assert gram_norm(up / size, down * size) == pytest.approx(np.linalg.norm(up @ down), rel=1e-9)
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        up, other_up = rng.normal(size=(2, 7, rank))
+        down, other_down = rng.normal(size=(2, rank, 5))
+        right = np.linalg.norm(up @ down - other_up @ other_down)
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            assert difference_norm(up, down, other_up / size, other_down * size) == pytest.approx(right, rel=1e-9)
+            assert difference_norm(up * size, down / size, other_up, other_down) == pytest.approx(right, rel=1e-9)
+            assert gram_norm(up / size, down * size) == pytest.approx(np.linalg.norm(up @ down), rel=1e-9)
 
 
 def test_any_rows_of_a_product_are_those_of_the_whole() -> None:
@@ -115,6 +119,33 @@ def test_any_rows_of_a_product_are_those_of_the_whole() -> None:
         for stop in range(start + 1, 13):
             assert np.array_equal(rows_of(kron, start, stop), np.kron(one, two)[start:stop])
             assert np.array_equal(rows_of(plain, start, stop), (up @ down)[start:stop])
+
+
+BLOCKS: list[tuple[int, int, list[int]]] = [
+    # Rows, columns of float32, and where blocks of at most 2**18 numbers begin.
+    (3, 1 << 20, [0, 1, 2]), (3, 1 << 18, [0, 1, 2]), (5, 1 << 17, [0, 2, 4]), (4, 1 << 17, [0, 2]),
+    ((1 << 18) + 1, 1, [0, 1 << 18]), (1 << 18, 1, [0]), ((1 << 17) + 1, 2, [0, 1 << 17]), (3, 0, [0]), (0, 4, []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "columns", "starts"), BLOCKS)
+def test_blocks_have_as_many_rows_as_there_is_room_for_and_one_at_least(
+    monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, starts: list[int]
+) -> None:
+    right = list(pairwise([*starts, rows])) if starts else []
+    for module, name, size in ((whole, "_BLOCK", 1 << 18), (rounding, "BLOCK_BYTES", 1 << 20)):
+        monkeypatch.setattr(module, name, size)
+    assert list(whole._blocks((rows, columns))) == right
+    ref: Any = SimpleNamespace(shape=(rows, columns), dtype="F32", rows=lambda *ends: ends)
+    assert list(rounding.row_blocks(ref)) == right
+    monkeypatch.setattr(extracted, "_BLOCK", 1 << 18)
+    models = extracted.Models({"m.weight": ref}, {"m.weight": ref})
+    assert list(models.rows("m")) == [(slice(*ends), ends, ends) for ends in right]
+    monkeypatch.setattr(guesses, "_SAMPLE", 1 << 18)
+    assert [guesses._rows(ref, start) for start in starts] == right
+    nothing = Pair(Held(np.empty((0, columns)), "F32"), Held(np.empty((rows, 0)), "F32"), Fraction(1))
+    sizes = [(one.shape, other.shape) for one, other in delta._both(nothing, nothing)]
+    assert sizes == [((stop - start, columns),) * 2 for start, stop in right]
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -188,14 +219,14 @@ def test_of_many_wrong_values_four_are_named() -> None:
 
 
 def test_a_copy_in_another_rank_is_the_same_bytes_or_lost(read: Any) -> None:
-    whole = np.arange(6, dtype=np.float32)
-    first = read({f"{DIT}a": whole, "elsewhere": whole})
+    array = np.arange(6, dtype=np.float32)
+    first = read({f"{DIT}a": array, "elsewhere": array})
     made = [first[f"{DIT}a"]]
-    for other, passed in ((whole, True), (whole + 1, False)):
+    for other, passed in ((array, True), (array + 1, False)):
         check = check_coverage([first, read({f"{DIT}a": other})], made)
         assert (check.passed, check.count) == (passed, 2)
         assert check.detail == ("" if passed else f"lost on the way: {DIT}a")
-    assert not check_coverage([first, read({f"{DIT}b": whole})], made).passed
+    assert not check_coverage([first, read({f"{DIT}b": array})], made).passed
     assert not check_coverage([first], [made[0].rows(0, 5)]).passed
     assert check_coverage([first], [made[0].rows(0, 2), made[0].rows(2, 6)]).passed
 
