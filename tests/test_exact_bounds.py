@@ -139,8 +139,8 @@ def test_blocks_have_as_many_rows_as_there_is_room_for_and_one_at_least(
     ref: Any = SimpleNamespace(shape=(rows, columns), dtype="F32", rows=lambda *ends: ends)
     assert list(rounding.row_blocks(ref)) == right
     monkeypatch.setattr(extracted, "_BLOCK", 1 << 18)
-    models = extracted.Models({"m.weight": ref}, {"m.weight": ref})
-    assert list(models.rows("m")) == [(slice(*ends), ends, ends) for ends in right]
+    looked: Any = extracted.Models({"m.weight": ref}, {"m.weight": ref}).rows("m")
+    assert list(looked) == [(slice(*ends), ends, ends) for ends in right]
     monkeypatch.setattr(guesses, "_SAMPLE", 1 << 18)
     assert [guesses._rows(ref, start) for start in starts] == right
     nothing = Pair(Held(np.empty((0, columns)), "F32"), Held(np.empty((rows, 0)), "F32"), Fraction(1))

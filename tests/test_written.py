@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +33,7 @@ FILE = "adapter_model.safetensors"
 
 
 def peft_folder(
-    folder: Path, modules: Any = MODULES, alpha: float = 3, dora: Any = (), dtype: str = "float32", **more: Any
+    folder: Path, modules: Any = MODULES, alpha: float = 3, dora: Any = (), dtype: str = "float32", more: Any = None
 ) -> Path:
     """A folder as peft writes it: the file and its configuration; ``dora`` are the modules with magnitudes."""
     begin, arrays = "base_model.model.", dict[str, Any]()
@@ -42,7 +41,7 @@ def peft_folder(
         down, up = FACTORS[module]
         arrays |= {f"{begin}{module}.lora_A.weight": down, f"{begin}{module}.lora_B.weight": up}
     arrays |= {f"{begin}{module}.lora_magnitude_vector": MAGNITUDES[module] for module in dora}
-    arrays |= more
+    arrays |= more or {}
     folder.mkdir(parents=True)
     save_file({name: np.ascontiguousarray(a.astype(dtype)) for name, a in arrays.items()}, folder / FILE)
     settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": alpha, "target_modules": [*modules]}
@@ -93,7 +92,7 @@ def test_what_the_user_asked_for_is_what_is_proved(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_kept_is_no_part_of_the_adapter(tmp_path: Path) -> None:
-    folder = peft_folder(tmp_path / "it", **{"steps": np.arange(3)})
+    folder = peft_folder(tmp_path / "it", more={"steps": np.arange(3)})
     with ExitStack() as stack, pytest.raises(ProofFailed):
         read_adapter_files(folder, "peft", [FILE], "", stack)
     with ExitStack() as stack:
@@ -110,8 +109,10 @@ def test_what_pefts_own_defaults_say_is_plain_lora(tmp_path: Path, field: str) -
         f"base_model.model.{m}.lora_{s}.weight": Held(np.ones(shape), "F32")
         for m in ("a.q", "a.k") for s, shape in (("A", (2, 4)), ("B", (4, 2)))
     }  # fmt: skip
-    for asked in ({}, {field: True}):
-        LoraConfig(r=2, lora_alpha=3, target_modules=["a.q", "a.k"], **asked).save_pretrained(str(tmp_path))
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["a.q", "a.k"])
+    for asked in (False, True):
+        setattr(config, field, asked)
+        config.save_pretrained(str(tmp_path))
         settings = json.loads((tmp_path / "adapter_config.json").read_text())
         assert len(settings) > 20
         with pytest.raises(ProofFailed) if asked else nullcontext():
@@ -179,7 +180,8 @@ def test_the_record_of_the_header_goes_before_that_of_the_settings() -> None:
     settings = {"loraconv": {"origin": two}}
     assert record({"loraconv.origin": json.dumps(one)}, settings) == one
     assert record({"other": json.dumps(one)}, settings) == two
-    for none in (None, {}, {"loraconv": 7}, {"loraconv": {}}, {"origin": two}):
+    nothing: list[Any] = [None, {}, {"loraconv": 7}, {"loraconv": {}}, {"origin": two}]
+    for none in nothing:
         assert record({}, none) is None
         assert source_record({}, none) == {}
     with pytest.raises(TypeError):
@@ -198,7 +200,6 @@ def test_the_dtypes_of_a_record_are_those_that_are_some() -> None:
 
 def parts(folder: Path, **changes: Any) -> Proof:
     """The proof of an adapter in two parts, one a layer; ``changes`` are those of what is written as the second."""
-    whole = {m: Pair(*(Held(f.astype(np.float32), "F32") for f in FACTORS[m]), Fraction(3, 2)) for m in MODULES}
     written = [peft_folder(folder / "0", MODULES[:2]), peft_folder(folder / "1", **{"modules": MODULES[2:]} | changes)]
     planned = [
         PartOf(path.name, "peft", (FILE,), "", frozenset(modules))
@@ -207,7 +208,7 @@ def parts(folder: Path, **changes: Any) -> Proof:
     with ExitStack() as stack:
         stored = read_safetensors(stack.enter_context(InputFile(peft_folder(folder / "whole") / FILE))).tensors
         sides = {m: [stored[f"base_model.model.{m}.lora_{s}.weight"] for s in "AB"] for m in MODULES}
-        pairs = {m: replace(pair, down=sides[m][0], up=sides[m][1]) for m, pair in whole.items()}
+        pairs = {m: Pair(down, up, Fraction(3, RANK)) for m, (down, up) in sides.items()}
         return prove_parts(folder, parts=planned, source=pairs)
 
 
