@@ -39,14 +39,15 @@ SCOPE = ("src/loraconv/rules.py", "src/loraconv/verifier")
 #: The test files that reach the scope without a process of their own.
 TESTS = (
     "accounting", "algebra", "alpha_and_fused", "bases", "bfl_control", "causes", "changes", "consumer_rules",
-    "consumers", "controls", "convolutions", "dialects", "difference", "diffusers_oracle", "exactness", "extension",
-    "extract", "extracted", "file_oracles", "flux_dialects", "flux_text_encoder", "forward", "forward_verdict", "fuse",
-    "fuse_hf_llava", "fuse_llava", "fuse_sdxl", "fused_case", "fused_causes", "fused_diagnosis", "guesses", "kron",
-    "llava_settings", "loadable", "lora_bias", "merge", "merging", "namespace_oracles", "namespaces", "naming", "norms",
-    "numbers", "oracles", "parallel", "peft_tuners", "proof", "prove_fused", "public_lists", "readings", "registry",
-    "report_html", "reshape_convolutions", "resize", "rounding", "roundtrip", "rules", "sat2diffusers", "sat_lora",
-    "sdxl", "spectrum", "split", "trained", "unfuse", "variants", "verifier_parts", "verify", "verify_changes",
-    "verify_forward", "verify_fused", "whole_changes", "zero_shards",
+    "consumers", "controls", "convolutions", "dialects", "difference", "diffusers_oracle", "exact_bounds", "exactness",
+    "extension", "extract", "extracted", "file_oracles", "flux_dialects", "flux_text_encoder", "forward",
+    "forward_verdict", "fuse", "fuse_hf_llava", "fuse_llava", "fuse_sdxl", "fused_case", "fused_causes",
+    "fused_diagnosis", "fused_parts", "guesses", "kron", "llava_settings", "loadable", "lora_bias", "merge", "merging",
+    "namespace_oracles", "namespaces", "naming", "norms", "numbers", "oracles", "parallel", "peft_tuners", "proof",
+    "prove_fused", "public_lists", "readings", "registry", "report_html", "reshape_convolutions", "resize", "rounding",
+    "roundtrip", "rules", "sat2diffusers", "sat_lora", "sdxl", "spectrum", "split", "trained", "unfuse", "variants",
+    "verifier_parts", "verify", "verify_changes", "verify_forward", "verify_fused", "whole_changes", "written",
+    "zero_shards",
 )  # fmt: skip
 #: Seconds of processor time a mutant may take besides five times that of its tests.
 GRACE = 30

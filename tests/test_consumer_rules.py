@@ -281,6 +281,21 @@ def test_magnitudes_and_biases_are_filled_where_the_configuration_asks_for_them(
         assert told.magnitudes is (asked and field == "use_dora")
 
 
+@pytest.mark.parametrize("field", ["use_dora", "lora_bias"])
+def test_a_layer_that_lacks_only_what_the_configuration_asks_for_besides_is_not_filled(field: str) -> None:
+    asked = stated("to_q", **{field: True})
+    told = read(HEADER, keys(Q), asked)
+    assert (told.scales, told.undefined, told.dropped) == ({}, (Q,), ())
+    lenient = replace(HEADER, unfilled="nothing")
+    assert "magnitudes or biases" in read(lenient, keys(Q), asked).unsure
+    # A layer of which nothing is there, or the down alone, adds nothing whatever is asked for.
+    down = {n: t for n, t in keys(K).items() if "lora_A" in n}
+    ending = {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}[field]
+    whole = keys(Q) | {f"transformer.{Q}.{ending}": Held(np.ones(8), "F32")}
+    told = read(lenient, whole | down, stated("to_q", "to_k", "to_v", **{field: True}))
+    assert (told.scales, told.undefined) == ({Q: Fraction(1, 2)}, ())
+
+
 RANKS: dict[str, tuple[dict[str, Any], Any]] = {
     "alpha over rank": ({"lora_alpha": 3}, Fraction(3, 2)),
     "peft's own alpha": ({"lora_alpha": 8}, Fraction(4)),

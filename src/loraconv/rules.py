@@ -53,9 +53,9 @@ _ANY_NUMBER = re.compile(r"\{\w+\}|\d+")
 
 
 @lru_cache(maxsize=4096)
-def _pattern(template: str) -> tuple[str, str, re.Pattern[str]]:
-    """The literal beginning and end of a template, and its anchored pattern; ``{module}``, ``{param}`` and
-    ``{adapter}`` stand for names, other fields for a number."""
+def _pattern(template: str) -> re.Pattern[str]:
+    """The pattern of a template; ``{module}``, ``{param}`` and ``{adapter}`` stand for names, other fields for a
+    number."""
     out, at = [], 0
     for match in _FIELD.finditer(template):
         out.append(re.escape(template[at : match.start()]))
@@ -64,13 +64,12 @@ def _pattern(template: str) -> tuple[str, str, re.Pattern[str]]:
         out.append(f"(?P<{word}>{inside})")
         at = match.end()
     out.append(re.escape(template[at:]))
-    return template.partition("{")[0], template.rpartition("}")[2], re.compile("".join(out), re.DOTALL)
+    return re.compile("".join(out), re.DOTALL)
 
 
 def match(template: str, name: str) -> dict[str, str] | None:
     """The fields of ``name`` under ``template``, or None if it does not match as a whole."""
-    begin, end, pattern = _pattern(template)
-    found = pattern.fullmatch(name) if name.startswith(begin) and name.endswith(end) else None
+    found = _pattern(template).fullmatch(name)
     return found.groupdict() if found else None
 
 

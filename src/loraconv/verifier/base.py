@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from loraconv.lazy import Joined, Lazy, TensorRef, Viewed
-from loraconv.names import fold_names
+from loraconv.names import fold_names, numel
 from loraconv.verifier.config import DIT, POSITIONS, Settings, check_config, expected_config, is_rotary
 from loraconv.verifier.coverage import check_coverage
 from loraconv.verifier.numbers import Computed, Held, Tensor, coarse, rounded_once, same_bytes, same_numbers, values
@@ -63,9 +63,9 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
     patch, depth = config["patch_size"], config["patch_size_t"]
     linear("patch_embed.text_proj", width, config["text_embed_dim"])
-    linear("patch_embed.proj", width, config["in_channels"] * patch * patch * (depth or 1))
-    if depth is None:
-        shapes["patch_embed.proj.weight"] = (width, config["in_channels"], patch, patch)
+    kernel = config["in_channels"], patch, patch
+    shapes["patch_embed.proj.weight"] = (width, *kernel) if depth is None else (width, numel(kernel) * depth)
+    shapes["patch_embed.proj.bias"] = (width,)
     if config["use_learned_positional_embeddings"]:
         frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
         area = (config["sample_height"] // patch) * (config["sample_width"] // patch)

@@ -94,8 +94,6 @@ def rows_of(pair: Pair, start: int, stop: int) -> Array:
     n1, m1, n2, m2 = pair.grid
     first, last = start // n2, -(-stop // n2)
     left = values(pair.up).reshape(n1, m1)[first:last]
-    if last - first == 1:
-        return np.kron(left, values(pair.down).reshape(n2, m2)[start - first * n2 : stop - first * n2])
     return np.kron(left, values(pair.down).reshape(n2, m2))[start - first * n2 : stop - first * n2]
 
 

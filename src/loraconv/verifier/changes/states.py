@@ -58,7 +58,7 @@ class States:
 
     def parted(self) -> Iterator[list[str]]:
         """Names that shared one storage before and do not any more."""
-        after = {c.name: c.other or c.name for c in self.changes if c.kind not in ("missing", "new")}
+        after = {c.name: c.other or c.name for c in self.changes if c.kind != "missing"}
         groups: dict[tuple[object, ...], list[str]] = {}
         for name, ref in self.before.items():
             if ref.storage[1]:
