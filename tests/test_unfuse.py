@@ -803,6 +803,28 @@ def test_a_pipeline_comes_back_with_all_its_parts(trained: tuple[Path, Path], tm
     assert (tmp_path / "back/vae/diffusion_pytorch_model.safetensors").is_symlink() == (how == "link")
 
 
+@pytest.mark.parametrize("name", ["vae/diffusion_pytorch_model.safetensors", "transformer/config.json"])
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_a_pipeline_whose_other_files_changed_is_refused(
+    trained: tuple[Path, Path], tmp_path: Path, name: str, how: str
+) -> None:
+    base, adapter = trained
+    fused = tmp_path / "fused"
+    loraconv.fuse(adapter, base=pipeline(tmp_path / "whole", base), out=fused, journal=True)
+    (fused / "vae/notes.txt").write_text("a new file is no change of another")
+    loraconv.unfuse(fused, out=tmp_path / "fine")
+    if how == "gone":
+        (fused / name).unlink()
+    else:
+        (fused / name).write_bytes((fused / name).read_bytes() + b" ")
+    for dry_run in (True, False):
+        with pytest.raises(CorruptCheckpoint) as caught:
+            loraconv.unfuse(fused, out=tmp_path / "back", dry_run=dry_run)
+        assert caught.value.slug == "fused-changed"
+        assert caught.value.where == name
+    assert not (tmp_path / "back").exists()
+
+
 def test_of_two_journals_in_a_pipeline_the_later_one_counts(trained: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = trained
     fused = tmp_path / "fused"

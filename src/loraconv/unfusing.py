@@ -23,6 +23,7 @@ from loraconv import __version__
 from loraconv.errors import CorruptCheckpoint, FormatError, LoraconvError
 from loraconv.io.atomic import OutputFolder, output_folder
 from loraconv.io.crc import crc32
+from loraconv.io.digest import Digest
 from loraconv.io.growing import GrowingFile
 from loraconv.io.input_file import InputFile
 from loraconv.io.output_file import OutputFile
@@ -94,6 +95,7 @@ def unfuse(fused: str | Path, *, out: str | Path, overwrite: bool = False, dry_r
     with open_model(fused) as model, _open_journal(model) as journal, workers() as pool:
         _match(model, journal)
         _refuse_changed(model, journal, pool)
+        _refuse_changed_files(journal.file.path.parent)
         files = _files(model, journal)
         kept = tuple(_kept(model, {file.name for file in files}))
         counts = len(journal.crc32), len(journal.changes)
@@ -204,6 +206,35 @@ def _refuse_changed(model: Model, journal: Journal, pool: ThreadPoolExecutor) ->
     changed = [change.name for change, crc in zip(changes, now, strict=True) if change.fused != crc]
     if changed:
         raise _changed(model, changed, len(journal.changes))
+
+
+def _refuse_changed_files(root: Path) -> None:
+    """Raise :class:`CorruptCheckpoint` unless the files beside the weights are those that the record of the fusion, as
+    far as there is one beside the journal, tells with their SHA-256. A file that is new since is not in it."""
+    told: list[Any] = []
+    with suppress(LoraconvError, AttributeError, KeyError):
+        told = parse_json(read_text(root / MANIFEST, MANIFEST_LIMIT), MANIFEST)["files"]
+    known = [(one.get("name"), one.get("sha256")) for one in told if isinstance(one, dict)]
+    texts = [(str(name), sha256) for name, sha256 in known if sha256 and name != JOURNAL]
+    changed = [name for name, sha256 in texts if _sha256(root, name) != sha256]
+    if changed:
+        raise CorruptCheckpoint(
+            f"the folder was changed since the model was fused: {printable(str(root), 1000)}",
+            where="; ".join(printable(name) for name in changed[:4]),
+            why="these files are gone, or have other bytes than the record says (SHA-256): they are not the base's",
+            hint=f"put them back; to see all that changed: loraconv verify {quoted(root)}",
+            slug="fused-changed",
+        )
+
+
+def _sha256(root: Path, name: str) -> str:
+    """The digest of a file of the folder, empty where it is not there."""
+    if name.startswith("/") or {"..", ""} & set(name.split("/")) or not (root / name).is_file():
+        return ""
+    with InputFile(root / name) as file:
+        digest = Digest()
+        digest.update_from(file, 0, file.size)
+        return digest.finish()
 
 
 def _crc(ref: TensorRef) -> str:
