@@ -23,6 +23,7 @@ from loraconv.roundtripping import RoundtripResult
 from tests.cli_support import parsed_hint
 from tests.sat_run import build
 from tests.support import LORA_FILE, RECORDED, header, module_of, small
+from tests.test_fuse import factors, write_adapter
 
 FORMATS = ("diffusers", "peft", "sat")
 
@@ -202,3 +203,13 @@ def test_the_command_says_every_hop_and_the_end(tmp_path: Path, capsys: pytest.C
 
 def test_the_result_is_public() -> None:
     assert loraconv.RoundtripResult is RoundtripResult
+
+
+def test_names_that_fit_several_models_come_back_when_the_family_is_named(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "lora", factors(width=64, layers=2), alpha=8.0)
+    with pytest.raises(FormatError) as caught:
+        loraconv.roundtrip(adapter, through=("kohya",))
+    assert caught.value.hint == "--family cogvideox"
+    result = loraconv.roundtrip(adapter, through=("kohya",), family="cogvideox")
+    assert result.same
+    assert [hop.to for hop in result.hops] == ["kohya", "diffusers"]

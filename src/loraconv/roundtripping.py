@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from loraconv.conversion import convert
+from loraconv.conversion import ConvertResult, convert
 from loraconv.detect import detect
 from loraconv.errors import UsageError
 from loraconv.names import quoted
@@ -82,13 +82,17 @@ class RoundtripResult(VerifyResult):
 
 
 def roundtrip(
-    src: str | Path, *, through: Sequence[str] = ("diffusers", "peft"), alpha: float | None = None
+    src: str | Path,
+    *,
+    through: Sequence[str] = ("diffusers", "peft"),
+    family: str | None = None,
+    alpha: float | None = None,
 ) -> RoundtripResult:
     """Convert the adapter in ``src`` to each format of ``through`` in turn, then to its own, in a temporary folder, and
     compare the end with the start byte by byte.
 
-    ``alpha`` is that of ``src`` where its files do not say it. Raises what :func:`convert` raises, for instance where a
-    format on the way cannot hold the adapter.
+    ``family`` is the model's, where the adapter's names fit several; ``alpha`` is that of ``src`` where its files do
+    not say it. Raises what :func:`convert` raises, for instance where a format on the way cannot hold the adapter.
     """
     if not through or isinstance(through, str):
         raise UsageError("no format to go through was named", hint="--through diffusers,peft")
@@ -100,17 +104,17 @@ def roundtrip(
         here: str | Path = src
         for number, name in enumerate([*names, own] if names[-1] != own else names):
             out = Path(folder) / f"{number}-{name}"
-            hops.append(_hop(src, here, out, name, alpha, first=number == 0))
+            converted = convert(here, out=out, to=name, family=family, alpha=alpha if number == 0 else None)
+            hops.append(_hop(src, out, converted, alpha))
             here = out
         return _compare(src, here, own, alpha, tuple(hops))
 
 
-def _hop(src: str | Path, here: str | Path, out: Path, name: str, alpha: float | None, *, first: bool) -> Hop:
-    converted = convert(here, out=out, to=name, alpha=alpha if first else None)
+def _hop(src: str | Path, out: Path, converted: ConvertResult, alpha: float | None) -> Hop:
     compared: AdaptersResult = verify_adapters(src, out, alpha=alpha)
     apart = [module for module in compared.modules if not module.equal]
     return Hop(
-        name,
+        converted.to,
         sum(file.bytes for file in converted.files),
         converted.proofs[0],
         compared.same,

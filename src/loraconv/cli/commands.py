@@ -212,6 +212,7 @@ def train(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     metavar="FORMATS",
     help="The formats to go through, in this order, with commas between them.",
 )
+@click.option("--family", metavar="MODEL", help="The model's family, where the adapter's names fit several.")
 @click.option("--alpha", type=float, metavar="A", help="The lora_alpha of SRC, where its files do not say it.")
 @output_options
 def roundtrip(as_json: bool, quiet: bool, debug: bool, **options: Any) -> int:
