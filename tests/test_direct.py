@@ -192,11 +192,11 @@ def test_an_interrupt_right_after_a_descriptor_is_closed_does_not_close_it_again
 
 @needs_strace
 @pytest.mark.parametrize("action", ["error=ENOSPC", "error=EIO", "signal=KILL"])
-@pytest.mark.parametrize("when", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("when", [1, pytest.param(2, marks=pytest.mark.slow)])  # no thread has more pieces of a file
 def test_a_fault_in_a_thread_that_writes_leaves_no_output(tmp_path: Path, action: str, when: int) -> None:
     job = FuseJob(tmp_path, "new", direct=True)
     run = traced(job.argv, job(), ["pwrite64"], "-e", f"inject=pwrite64:{action}:when={when}")
-    assert any("pwrite64" in line for line in run.trace)
+    assert any(word in line for word in ("(INJECTED)", "killed by") for line in run.trace)
     assert job.state(run.work) == "none"
     assert run.returncode == (6 if "error" in action else -9)
     again = job.run(run.work)
