@@ -825,6 +825,27 @@ def test_a_pipeline_whose_other_files_changed_is_refused(
     assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.parametrize(
+    "text", ["[]", "5", "{", "{}", '{"files": 5}', '{"files": {"name": 1}}', '{"files": [5, null, {}]}']
+)
+def test_a_record_that_is_none_does_not_hinder(trained: tuple[Path, Path], tmp_path: Path, text: str) -> None:
+    base, adapter = trained
+    loraconv.fuse(adapter, base=base, out=tmp_path / "fused", journal=True)
+    (tmp_path / "fused/loraconv.json").write_text(text)
+    loraconv.unfuse(tmp_path / "fused", out=tmp_path / "back")
+    assert restored(tmp_path / "back") == contents(base)
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../x", "a//b", 7, "config.json\0"])
+def test_a_record_with_senseless_names_is_refused(trained: tuple[Path, Path], tmp_path: Path, name: object) -> None:
+    base, adapter = trained
+    loraconv.fuse(adapter, base=base, out=tmp_path / "fused", journal=True)
+    (tmp_path / "fused/loraconv.json").write_text(json.dumps({"files": [{"name": name, "sha256": "0" * 64}]}))
+    with pytest.raises(CorruptCheckpoint) as caught:
+        loraconv.unfuse(tmp_path / "fused", out=tmp_path / "back")
+    assert caught.value.slug == "fused-changed"
+
+
 def test_of_two_journals_in_a_pipeline_the_later_one_counts(trained: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = trained
     fused = tmp_path / "fused"

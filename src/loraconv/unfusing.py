@@ -211,10 +211,14 @@ def _refuse_changed(model: Model, journal: Journal, pool: ThreadPoolExecutor) ->
 def _refuse_changed_files(root: Path) -> None:
     """Raise :class:`CorruptCheckpoint` unless the files beside the weights are those that the record of the fusion, as
     far as there is one beside the journal, tells with their SHA-256. A file that is new since is not in it."""
-    told: list[Any] = []
-    with suppress(LoraconvError, AttributeError, KeyError):
+    told: Any = None
+    with suppress(LoraconvError, KeyError, TypeError):
         told = parse_json(read_text(root / MANIFEST, MANIFEST_LIMIT), MANIFEST)["files"]
-    known = [(one.get("name"), one.get("sha256")) for one in told if isinstance(one, dict)]
+    known = (
+        [(one.get("name"), one.get("sha256")) for one in told if isinstance(one, dict)]
+        if isinstance(told, list)
+        else []
+    )
     texts = [(str(name), sha256) for name, sha256 in known if sha256 and name != JOURNAL]
     changed = [name for name, sha256 in texts if _sha256(root, name) != sha256]
     if changed:

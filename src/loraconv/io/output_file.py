@@ -98,7 +98,7 @@ class OutputFile:
             raise
 
     def copy(self, source: InputFile, offset: int, count: int) -> None:
-        """Append ``count`` bytes of an input file; inside the kernel where it can and no hash has to see them.
+        """Append ``count`` bytes of an input file, inside the kernel where it can; the hash reads them by itself.
 
         Raises :class:`WriteFailed`, and :class:`CorruptCheckpoint` where the input is too short.
         """
